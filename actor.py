@@ -1,0 +1,177 @@
+"""The actor: the policy pi(a_t | o_t) that talks, and how it learns from good and bad turns.
+
+Sampling runs many dialogues in lock-step. Learning is DPO on single turns: for one observation o_t, a chosen turn a^+ and a rejected
+turn a^- (picked by the critic's advantage), and the frozen initial policy pi_ref, which sees what the actor sees and no c:
+
+    loss = -log sigmoid( beta [ log pi(a^+|o_t)/pi_ref(a^+|o_t)  -  log pi(a^-|o_t)/pi_ref(a^-|o_t) ] )                (Eq. 4)
+
+with log-probs summed over the tokens of the turn. The baselines use the same loop on other data: multi-turn DPO puts whole
+trajectories in the place of the turns, and RFT (rejection-sampling fine-tuning) raises the log-probs of successful trajectories.
+
+Place in the data flow: base/ + tasks -> `play_out` -> trajectories.jsonl; states -> `sample` -> samples.jsonl;
+candidates.jsonl -> `turn_pairs` -> pairs.jsonl -> `train_preferences` -> actor/.
+Exercised by `python sweet.py rollout`, `python sweet.py actor`; `python -m pytest tests/test_actor.py`.
+Differences from the paper: none in the formula; sizes and step sizes of the small world are in `sweet.py`.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+import hashlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from env import end_of_turn, render
+from kernels.fit import fit
+from kernels.logprob import collate, reference_sums, turn_logprobs
+
+
+# ---------------------------------------------------------------------------------------------------------- Eq. 4
+
+def dpo_loss(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, beta):
+    """Eq. 4. Log-probs (nats, summed over tokens) of chosen and rejected under the policy and pi_ref -> mean loss."""
+    return -F.logsigmoid(beta * ((chosen_B - ref_chosen_B) - (rejected_B - ref_rejected_B))).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+
+def noise(keys, max_tokens):
+    """Uniform numbers [len(keys), max_tokens]: row i depends on keys[i] alone, so neither order nor batch size matters."""
+    seeds = (int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") for key in keys)
+    return torch.from_numpy(np.stack([np.random.default_rng(seed).random(max_tokens) for seed in seeds])).float()
+
+
+def pick(logits_BV, noise_B, temperature=1.0, top_p=1.0):
+    """One token a row, by inverting the cumulative distribution at noise_B. top_p keeps the smallest set of most likely tokens
+    whose probability reaches top_p (the token that crosses the line included)."""
+    probs_BV = (logits_BV.float() / temperature).softmax(-1)
+    if top_p < 1.0:
+        sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+        dropped_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p
+        probs_BV = probs_BV.masked_fill(dropped_BV.scatter(-1, order_BV, dropped_BV), 0.0)
+    cumulative_BV = probs_BV.cumsum(-1)
+    return torch.searchsorted(cumulative_BV, noise_B[:, None] * cumulative_BV[:, -1:], right=True).squeeze(-1)
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_tokens=64):
+    """One turn for each prompt (a list of token ids): lists of token ids that end with the end-of-turn token, or, when the turn
+    was cut off at max_tokens or at a control token that has no place in a turn, without it. keys: what each row's randomness is
+    seeded with, any value with a repr."""
+    eot, prompts = end_of_turn(tokenizer), [tuple(prompt) for prompt in prompts]
+    distinct = list(dict.fromkeys(prompts))  # the candidates of one state share its prompt: read it once
+    width = max(map(len, distinct))
+    control = torch.tensor(sorted(set(tokenizer.all_special_ids) - {eot}), device=model.device)
+    ids = torch.tensor([(eot,) * (width - len(p)) + p for p in distinct], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in distinct], device=model.device)
+    copies = torch.tensor([distinct.index(p) for p in prompts], device=model.device)
+    noise_BT = noise(keys, max_tokens).to(model.device)
+    rows = torch.arange(len(prompts), device=model.device)  # which prompt each live row of the batch belongs to
+    turns, cache = [[] for _ in prompts], None
+    for step in range(max_tokens):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                    logits_to_keep=1)
+        logits_BV, cache = out.logits[:, -1], out.past_key_values
+        if step == 0:
+            logits_BV, mask = logits_BV[copies], mask[copies]
+            cache.batch_select_indices(copies)
+        token_B = pick(logits_BV, noise_BT[rows, step], temperature, top_p)
+        cut_off = torch.isin(token_B, control)
+        for row, token, cut in zip(rows.tolist(), token_B.tolist(), cut_off.tolist()):
+            if not cut:
+                turns[row].append(token)
+        live = ~(cut_off | (token_B == eot))
+        if not live.any():
+            break
+        rows, token_B, mask = rows[live], token_B[live], mask[live]
+        if not live.all():
+            cache.batch_select_indices(live.nonzero().squeeze(-1))  # finished rows leave the batch
+        ids, mask = token_B[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], -1)
+    return turns
+
+
+def turn_text(tokenizer, output_ids):
+    """The text of a sampled turn, without its end-of-turn token."""
+    ids = output_ids[:-1] if output_ids and output_ids[-1] == end_of_turn(tokenizer) else output_ids
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def play_out(model, tokenizer, envs, human, keys, *, temperature=1.0, top_p=1.0, max_tokens=64):
+    """Play dialogues to their end, all in lock-step. envs: DialogueEnv after reset() or observe(); keys: a seed for each.
+
+    Every agent turn keeps its `output_ids`, so that log-probs are of the tokens that were sampled, and, as in ColBench's format,
+    `input` and `output` (the text that the model read and wrote).
+    """
+    live = list(range(len(envs)))
+    while live:
+        prompts = [render(tokenizer, envs[i].messages)[0] for i in live]
+        turns = sample(model, tokenizer, prompts, [(keys[i], envs[i].turns) for i in live], temperature=temperature,
+                       top_p=top_p, max_tokens=max_tokens)
+        going = []
+        for i, prompt, output_ids in zip(live, prompts, turns):
+            text = turn_text(tokenizer, output_ids)
+            if not envs[i].step(text, input=tokenizer.decode(prompt), output=tokenizer.decode(output_ids), output_ids=output_ids):
+                going.append(i)
+        for i, reply in zip(going, human.reply([envs[i].task for i in going], [envs[i].messages for i in going])):
+            envs[i].observe(reply)
+        live = going
+
+
+# ---------------------------------------------------------------------------------------------------------- learning
+
+def turn_pairs(advantages, n, rng):
+    """Indices (chosen, rejected) of up to n different pairs: chosen from the better half by advantage, rejected from the worse.
+
+    Only pairs with a strictly larger advantage count; a state that has none gives none.
+    """
+    order = sorted(range(len(advantages)), key=lambda i: -advantages[i])
+    half = len(order) // 2
+    found = [(a, b) for a in order[:half] for b in order[len(order) - half:] if advantages[a] > advantages[b]]
+    return rng.sample(found, min(n, len(found)))
+
+
+def turn_view(tokenizer, prompt, turn):
+    """(input_ids, turn_ids) of one turn after its observation: only the turn's tokens have a turn number (1)."""
+    prefix, _ = render(tokenizer, prompt)
+    ids = turn.get("output_ids")
+    if ids is None:
+        ids = render(tokenizer, [*prompt, {"role": "assistant", "content": turn["content"]}])[0][len(prefix):]
+    return prefix + ids, [0] * len(prefix) + [1] * len(ids)
+
+
+def preference_loss(model, batch, beta, nll):
+    """DPO on a batch of {"chosen", "rejected", "ref_chosen", "ref_rejected"}: the loss, and what to watch."""
+    B = len(batch)
+    sums_BK, lengths_BK = turn_logprobs(model, collate([pair[side] for side in ("chosen", "rejected") for pair in batch],
+                                                       model.device))
+    sums_B, ref_B = sums_BK.sum(-1), sums_BK.new_tensor([sum(pair[f"ref_{side}"]) for side in ("chosen", "rejected") for pair in batch])
+    loss = dpo_loss(sums_B[:B], sums_B[B:], ref_B[:B], ref_B[B:], beta)
+    loss = loss - nll * sums_B[:B].sum() / lengths_BK[:B].sum()
+    with torch.no_grad():
+        reward_B = beta * (sums_B - ref_B)
+        metrics = {"accuracy": (reward_B[:B] > reward_B[B:]).float().mean().item(),
+                   "margin": (reward_B[:B] - reward_B[B:]).mean().item()}
+    return loss, metrics
+
+
+def train_preferences(model, examples, out, cfg, seed, save, label):
+    """Fit the policy on pairs of views. `model` is the initial policy: its log-probs, pi_ref, are taken before the first step."""
+    for side in ("chosen", "rejected"):
+        for example, sums in zip(examples, reference_sums(model, [e[side] for e in examples], label="pi_ref")):
+            example[f"ref_{side}"] = sums
+    return fit(model, examples, lambda m, batch: preference_loss(m, batch, cfg.beta, cfg.nll), out, lr=cfg.lr,
+               batch_size=cfg.batch_size, epochs=cfg.epochs, seed=seed, save=save, label=label,
+               sizes=[len(e["chosen"][0]) + len(e["rejected"][0]) for e in examples])
+
+
+def imitation_loss(model, batch):
+    """RFT: minus the mean log-prob of the agent's tokens in a batch of views."""
+    sums_BK, lengths_BK = turn_logprobs(model, collate(batch, model.device))
+    return -sums_BK.sum() / lengths_BK.sum(), {}
+
+
+def train_imitation(model, views, out, cfg, seed, save, label):
+    """Fit the policy on views of successful trajectories (RFT), or of a demonstrator's dialogues (the small world's base)."""
+    return fit(model, views, imitation_loss, out, lr=cfg.lr, batch_size=cfg.batch_size, epochs=cfg.epochs, seed=seed, save=save,
+               label=label, sizes=[len(ids) for ids, _ in views])

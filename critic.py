@@ -1,0 +1,172 @@
+"""The critic: how good was each turn, judged by someone who knows the solution.
+
+SWEET trains no value head. The critic *is* a language model pi_theta that reads the reference solution c in front of the dialogue, and
+the advantage of a turn is how much more likely pi_theta makes it than the frozen initial model pi_ref does, per token:
+
+    A(o_t, a_t, c) = 1/L sum_l [ log pi_theta(a_t^l | o_t, a_t^<l, c) - log pi_ref(a_t^l | o_t, a_t^<l, c) ]           (Eq. 3)
+
+Nobody labels turns. What is known is which of two whole dialogues on the same task ended better, and by Bradley-Terry the better one
+should have the larger sum of advantages; the sum's gradient finds out which turns deserve it:
+
+    loss = -log sigmoid( beta [ sum_t A(o_t^+, a_t^+, c) - sum_t A(o_t^-, a_t^-, c) ] )                               (Eq. 2)
+
+Place in the data flow: trajectories.jsonl -> `trajectory_pairs` -> `train` -> critic/; samples.jsonl -> `rank` -> candidates.jsonl.
+Exercised by `python sweet.py critic` and `python -m pytest tests/test_losses.py`.
+Differences from the paper: none in the formulas. Flags give the paper's ablations (no c, sum instead of mean) and the official code's
+single mean over the trajectory.
+
+Shapes: B trajectories, K turns.
+"""
+import torch
+import torch.nn.functional as F
+
+from env import render
+from kernels.fit import fit
+from kernels.logprob import collate, pad_turns, turn_logprobs, reference_sums
+
+
+# ---------------------------------------------------------------------------------------------------------- Eq. 2 and 3
+
+def turn_advantages(sums_BK, ref_sums_BK, lengths_BK, normalize="turn"):
+    """Eq. 3. Log-probs summed over each turn by the critic and by pi_ref, and tokens per turn -> advantages_BK (nats per token).
+
+    0 where a turn is absent (length 0). normalize: "turn", the paper's mean; "none", a plain sum (the paper's ablation);
+    "trajectory", one mean over all agent tokens of the row (what the official code computes).
+    """
+    ratio_BK = sums_BK - ref_sums_BK
+    tokens = {"turn": lengths_BK, "none": torch.ones_like(lengths_BK),
+              "trajectory": lengths_BK.sum(-1, keepdim=True).expand_as(lengths_BK)}[normalize]
+    return torch.where(lengths_BK > 0, ratio_BK / tokens.clamp(min=1), 0.0)
+
+
+def bradley_terry_loss(chosen_BK, rejected_BK, beta):
+    """Eq. 2. Advantages of the better and the worse trajectory of B pairs -> mean loss (log 2 when all advantages are 0)."""
+    return -F.logsigmoid(beta * (chosen_BK.sum(-1) - rejected_BK.sum(-1))).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+def trajectory_pairs(trajectories, per_task, margin, rng):
+    """Pairs (better, worse) of trajectories on the same task, at most `per_task` each, in random order.
+
+    margin None: the better one is a success (reward 1), the worse one is not. A number: rewards differ by at least that much.
+    """
+    by_task, pairs = {}, []
+    for trajectory in trajectories:
+        by_task.setdefault(trajectory["task"]["problem_description"], []).append(trajectory)
+    for group in by_task.values():
+        found = [(a, b) for a in group for b in group if (
+            a["reward"] == 1.0 > b["reward"] if margin is None else a["reward"] - b["reward"] >= margin)]
+        pairs += rng.sample(found, min(per_task, len(found)))
+    rng.shuffle(pairs)
+    return pairs
+
+
+def critic_view(tokenizer, trajectory, use_reference=True):
+    """(input_ids, turn_ids) of a trajectory as the critic reads it: c in front, unless `use_reference` is off."""
+    reference = trajectory["task"]["ground_truth"] if use_reference else None
+    return render(tokenizer, trajectory["dialogue_history"], reference)
+
+
+def loss_fn(model, batch, beta, nll, normalize):
+    """The training loss on a batch of pairs, and what to watch: accuracy, margin, and the margin's share in the last turn."""
+    B = len(batch)
+    sums_BK, lengths_BK = turn_logprobs(model, collate([pair[side] for side in ("chosen", "rejected") for pair in batch],
+                                                       model.device))
+    ref_BK = pad_turns([pair[f"ref_{side}"] for side in ("chosen", "rejected") for pair in batch], sums_BK)
+    advantages_BK = turn_advantages(sums_BK, ref_BK, lengths_BK, normalize)
+    chosen_BK, rejected_BK = advantages_BK[:B], advantages_BK[B:]
+    loss = bradley_terry_loss(chosen_BK, rejected_BK, beta)
+    loss = loss - nll * sums_BK[:B].sum() / lengths_BK[:B].sum()
+    with torch.no_grad():
+        margin_B = chosen_BK.sum(-1) - rejected_BK.sum(-1)
+        last = (lengths_BK > 0).sum(-1, keepdim=True) - 1
+        answers = advantages_BK.gather(-1, last).squeeze(-1)
+        metrics = {"accuracy": (margin_B > 0).float().mean().item(), "margin": margin_B.mean().item(),
+                   "margin_answers": (answers[:B] - answers[B:]).mean().item()}
+    return loss, metrics
+
+
+def train(model, tokenizer, pairs, out, cfg, seed, save):
+    """Fit the critic, starting from `model`, which is also pi_ref: its log-probs are taken before the first step."""
+    examples = [{"chosen": critic_view(tokenizer, better, cfg.reference),
+                 "rejected": critic_view(tokenizer, worse, cfg.reference)} for better, worse in pairs]
+    for side in ("chosen", "rejected"):
+        for example, sums in zip(examples, reference_sums(model, [e[side] for e in examples], label="pi_ref")):
+            example[f"ref_{side}"] = sums
+    return fit(model, examples, lambda m, batch: loss_fn(m, batch, cfg.beta, cfg.nll, cfg.normalize), out, lr=cfg.lr,
+               batch_size=cfg.batch_size, epochs=cfg.epochs, seed=seed, save=save, label="critic",
+               sizes=[len(e["chosen"][0]) + len(e["rejected"][0]) for e in examples])
+
+
+# ---------------------------------------------------------------------------------------------------------- ranking
+
+def candidate_views(tokenizer, state, use_reference=True):
+    """Every candidate turn of a state as (input_ids, turn_ids), where only the candidate's tokens have a turn number (1)."""
+    reference = state["task"]["ground_truth"] if use_reference else None
+    prefix, _ = render(tokenizer, state["messages"], reference)
+    return [(prefix + c["output_ids"], [0] * len(prefix) + [1] * len(c["output_ids"])) for c in state["candidates"]]
+
+
+def rank(model, tokenizer, states, use_reference=True, normalize="turn", ref_key="ref_sum"):
+    """Advantages (Eq. 3) of every candidate turn: a list for each state, in the order of its candidates.
+
+    states: {"task", "messages", "candidates": [{"output_ids", ref_key}]}; ref_key holds pi_ref's log-prob of the candidate.
+    The path from text to number is the one that training took. A single turn has no trajectory to take a mean over: "trajectory"
+    ranks by the turn's own mean.
+    """
+    views = [view for state in states for view in candidate_views(tokenizer, state, use_reference)]
+    sums = iter(reference_sums(model, views))
+    advantages = []
+    for state in states:
+        n = [len(c["output_ids"]) for c in state["candidates"]]
+        mine = torch.tensor([[next(sums)[0]] for _ in n])
+        ref = torch.tensor([[c[ref_key]] for c in state["candidates"]])
+        how = "none" if normalize == "none" else "turn"
+        advantages.append(turn_advantages(mine, ref, torch.tensor(n, dtype=mine.dtype)[:, None], how).squeeze(-1).tolist())
+    return advantages
+
+
+# ---------------------------------------------------------------------------------------------------------- is it right?
+
+def area_under_curve(good, bad):
+    """The chance that a random good one has a larger score than a random bad one (ties count half)."""
+    return sum((g > b) + 0.5 * (g == b) for g in good for b in bad) / (len(good) * len(bad))
+
+
+def agreement_with_labels(states):
+    """AUC within a state, averaged over the states that hold good and bad candidates of a kind.
+
+    states: {"candidates": [{"advantage", "kind", "good"}]}. Returns {kind: {"auc", "states"}} for questions and answers.
+    """
+    result = {}
+    for kind in ("question", "answer"):
+        areas = []
+        for state in states:
+            sides = [[c["advantage"] for c in state["candidates"] if c["kind"] == kind and c["good"] is good] for good in (True, False)]
+            if all(sides):
+                areas.append(area_under_curve(*sides))
+        result[kind] = {"auc": sum(areas) / len(areas) if areas else None, "states": len(areas)}
+    return result
+
+
+def agreement_with_monte_carlo(states):
+    """Does a larger advantage mean a larger value? Pairs of candidates of one state whose values, means over the rewards of
+    dialogues played on from them, differ by more than two standard errors: the share that the critic orders alike.
+
+    states: {"candidates": [{"advantage", "returns": rewards}]}. Returns {"accuracy", "pairs"}.
+    """
+    right, pairs = 0.0, 0
+    for state in states:
+        measured = []
+        for c in state["candidates"]:
+            returns = torch.tensor(c["returns"], dtype=torch.float64)
+            # the +1 success and +1 failure keep the error of "always 0" or "always 1" from being 0
+            mean = (returns.sum() + 1) / (len(returns) + 2)
+            measured.append((c["advantage"], returns.mean().item(), (mean * (1 - mean) / len(returns)).item()))
+        for i, (a, value_a, error_a) in enumerate(measured):
+            for b, value_b, error_b in measured[:i]:
+                if abs(value_a - value_b) > 2 * (error_a + error_b) ** 0.5:
+                    pairs += 1
+                    right += 0.5 if a == b else (a > b) == (value_a > value_b)
+    return {"accuracy": right / pairs if pairs else None, "pairs": pairs}

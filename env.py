@@ -1,0 +1,359 @@
+"""The world of SWEET-RL: tasks, the dialogue as a partially observed decision process, what a model reads, and the reward.
+
+An agent gets a vague request and talks with a human who knows the solution. Every turn it either asks or, by writing
+`I WANT TO ANSWER:`, hands in an answer, which ends the dialogue. The reward is the share of the task's tests that pass.
+
+    observation o_t   all messages so far (the human's request, earlier turns, replies)
+    action a_t        the agent's t-th message, tokens a_t^1 .. a_t^L (the end-of-turn token is the last one)
+    hidden c          the reference solution: the human answers from it, the critic reads it in training, the agent never does
+
+This file needs no torch. Place in the data flow: tasks.jsonl -> Task -> DialogueEnv -> messages -> render -> token ids, and
+answers -> grade -> rewards. Differences from the paper: none in the protocol; `grade` protects itself (see its docstring).
+"""
+import functools
+import json
+import os
+import random
+import re
+import resource
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ANSWER_MARKER = "I WANT TO ANSWER:"
+REFERENCE_PREFIX = "In light that the final answer is: {reference}.\n"  # the critic's view of c: these words are a data format
+INSTRUCTIONS = (
+    "You are helping a person who needs a piece of work done but has described it only roughly. In each of your turns, ask "
+    "one short question about what is missing, or, once you know enough, write \"" + ANSWER_MARKER + "\" followed by the "
+    "complete result. You have {max_turns} turns at most, and the answer takes one of them.\n\n")
+
+
+class InputError(ValueError):
+    """Bad input from the user: one line that names the file, the line and field, and what was expected."""
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+def read_jsonl(path, required=()):
+    """Yield (line number, record) from a JSON-lines file, one at a time. InputError on what cannot be read."""
+    try:
+        file = open(path, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a file with one JSON object a line") from None
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}, line {number}: not JSON ({error}); expected one object a line") from None
+            if not isinstance(record, dict):
+                raise InputError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
+            for name in required:
+                if name not in record:
+                    raise InputError(f"{path}, line {number}: field '{name}' is missing; found {sorted(record)[:8]}")
+            yield number, record
+
+
+class JsonlWriter:
+    """Write a JSON-lines file that is either whole or absent, and can go on after a kill.
+
+    Whole lines go to PATH.partial; `close` renames it. A writer opened on an existing partial file drops a torn last line,
+    keeps a multiple of `group` lines (work is done in groups, so that a resumed run computes the same batches) and says in
+    `.done` how many are kept.
+    """
+
+    def __init__(self, path, group=1):
+        self.path, self.partial = Path(path), Path(f"{path}.partial")
+        self.partial.touch()
+        whole = self.partial.read_bytes().split(b"\n")[:-1]
+        self.done = len(whole) // group * group
+        with open(self.partial, "r+b") as file:
+            file.truncate(sum(len(line) + 1 for line in whole[:self.done]))
+        self.file = open(self.partial, "a", encoding="utf-8")
+
+    def write(self, records):
+        self.file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        self.file.flush()
+
+    def close(self):
+        self.file.close()
+        os.replace(self.partial, self.path)
+
+
+def write_json(path, value):
+    """Write one JSON file, whole or not at all."""
+    Path(f"{path}.partial").write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(f"{path}.partial", path)
+
+
+# ---------------------------------------------------------------------------------------------------------- tasks
+
+@dataclass(frozen=True)
+class Task:
+    """One ColBench task. `ground_truth` is c: Python source (backend) or an HTML page (frontend).
+
+    test_cases: {name: a call of the function, as Python source}. extra: keys of the record that we do not know, kept.
+    """
+    problem_description: str
+    ground_truth: str
+    test_cases: dict = field(default_factory=dict)
+    extra: dict = field(default_factory=dict)
+
+    @property
+    def hidden_information(self):
+        """What the human knows (some copies of ColBench carry it; otherwise the reference itself)."""
+        return self.extra.get("hidden_information", self.ground_truth)
+
+    def to_record(self):
+        return {"problem_description": self.problem_description, "ground_truth": self.ground_truth,
+                "test_cases": self.test_cases, **self.extra}
+
+    @classmethod
+    def from_record(cls, record, where="task"):
+        """Read ColBench's record. InputError, naming `where`, when a field is missing or of the wrong kind."""
+        known = {"problem_description": str, "ground_truth": str, "test_cases": dict}
+        for name, kind in known.items():
+            if name not in record and name != "test_cases":
+                raise InputError(f"{where}: field '{name}' is missing; found {sorted(record)[:8]}")
+            if not isinstance(record.get(name, kind()), kind):
+                raise InputError(f"{where}: field '{name}' should be a {kind.__name__}, is a {type(record[name]).__name__}")
+        values = {name: record.get(name, kind()) for name, kind in known.items()}
+        return cls(**values, extra={name: value for name, value in record.items() if name not in known})
+
+
+def load_tasks(path):
+    """Read a ColBench task file. InputError on a missing file or field, a broken line, or no task at all."""
+    tasks = [Task.from_record(record, f"{path}, line {number}") for number, record in read_jsonl(path)]
+    if not tasks:
+        raise InputError(f"{path}: holds no task; expected one JSON object a line with problem_description, ground_truth")
+    return tasks
+
+
+# ---------------------------------------------------------------------------------------------------------- dialogue
+
+class DialogueEnv:
+    """One dialogue. The answer counts as a turn; a dialogue that runs out of turns is graded on its last one.
+
+    >>> env = DialogueEnv(max_turns=10)
+    >>> messages = env.reset(task)              # [{"role": "user", "content": instructions and request}]
+    >>> while not env.step(agent(messages)):    # True when the agent answers or has no turn left
+    ...     messages = env.observe(human(messages))
+    >>> env.answer
+    """
+
+    def __init__(self, max_turns=10, instructions=INSTRUCTIONS):
+        self.max_turns, self.instructions = max_turns, instructions.replace("{max_turns}", str(max_turns))
+
+    def reset(self, task):
+        self.task, self.answer, self.turns = task, None, 0
+        self.messages = [{"role": "user", "content": self.instructions + task.problem_description}]
+        return self.messages
+
+    def step(self, action, **extra):
+        """Append the agent's turn (extra: output_ids and the like, kept with the message). True when the dialogue is over."""
+        if self.answer is not None or self.messages[-1]["role"] != "user":
+            raise ValueError("step() needs a human's message to respond to: call reset() or observe() first")
+        self.messages.append({"role": "assistant", "content": action, **extra})
+        self.turns += 1
+        if ANSWER_MARKER in action:
+            self.answer = action.split(ANSWER_MARKER, 1)[1].strip()
+        elif self.turns >= self.max_turns:
+            self.answer = action.strip()
+        return self.answer is not None
+
+    def observe(self, reply):
+        """Append the human's reply and return what the agent sees next."""
+        self.messages.append({"role": "user", "content": reply})
+        return self.messages
+
+
+# ---------------------------------------------------------------------------------------------------------- render
+
+@functools.lru_cache(maxsize=1024)
+def _scaffold(tokenizer, roles):
+    """The chat template around the contents of messages with these roles: a list of len(roles) + 1 lists of token ids.
+
+    The template is rendered once with a placeholder for each content, so contents can never be mistaken for template.
+    """
+    messages = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=roles[-1] == "user")
+    parts = re.split("\ue000(\\d+)\ue001", text)
+    if parts[1::2] != [str(i) for i in range(len(roles))]:
+        raise ValueError(f"the chat template does not show every message once and in order (roles {roles})")
+    return [tokenizer.encode(part, add_special_tokens=False) for part in parts[::2]]
+
+
+@functools.lru_cache(maxsize=2 ** 16)
+def encode_text(tokenizer, text):
+    """Token ids of a message's text. What looks like a control token is encoded as text: nobody can forge a turn."""
+    return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+
+
+@functools.lru_cache(maxsize=8)
+def end_of_turn(tokenizer):
+    """The id of the token that the chat template writes right after an agent's turn."""
+    return _scaffold(tokenizer, ("user", "assistant"))[2][0]
+
+
+def render(tokenizer, messages, reference=None):
+    """Messages as a model reads them: (input_ids, turn_ids), two lists of the same length.
+
+    turn_ids is 0 on context and k on the tokens that the agent produced in its k-th turn, the end-of-turn token included.
+    A turn sampled by us carries `output_ids`: exactly those tokens are used (text does not always encode to the tokens it came
+    from), and where they stop without an end-of-turn token the template's own one is context, not the agent's.
+    With messages that end in a user turn, the ids end where the agent's next turn begins. With a reference, the first message
+    starts with `REFERENCE_PREFIX`: the critic's view; the ids of the turns do not change.
+    """
+    pieces = _scaffold(tokenizer, tuple(message["role"] for message in messages))
+    eot, turn = end_of_turn(tokenizer), 0
+    input_ids, turn_ids = list(pieces[0]), [0] * len(pieces[0])
+    for i, message in enumerate(messages):
+        after = pieces[i + 1]
+        if message["role"] == "assistant":
+            turn += 1
+            ids = message.get("output_ids")
+            if ids is None:
+                ids = encode_text(tokenizer, message["content"]) + (eot,)
+            if ids and ids[-1] == eot:
+                after = after[1:]
+            if i == len(messages) - 1:
+                after = []
+        else:
+            prefix = REFERENCE_PREFIX.format(reference=reference) if reference is not None and i == 0 else ""
+            ids = encode_text(tokenizer, prefix) + encode_text(tokenizer, message["content"])
+        input_ids += list(ids) + list(after)
+        turn_ids += [turn if message["role"] == "assistant" else 0] * len(ids) + [0] * len(after)
+    return input_ids, turn_ids
+
+
+# ---------------------------------------------------------------------------------------------------------- reward
+
+def extract_code(answer):
+    """The program in an answer: the longest fenced Markdown block if there is one, otherwise the answer itself."""
+    blocks = re.findall(r"```[\w+-]*[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", answer, re.S)
+    return max(blocks, key=len) if blocks else answer
+
+
+def _canonical(value, depth=0):
+    """A value as text: two values share it exactly when Python's == calls them equal (1 == 1.0 == True; NaN equals NaN)."""
+    if depth > 50:
+        raise ValueError("nested too deep to compare")
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):  # numpy scalars and arrays compare by value
+        return f"array{_canonical(value.tolist(), depth + 1)}" if getattr(value, "ndim", 0) else _canonical(value.tolist(), depth)
+    if isinstance(value, (bool, int, float)):
+        return str(int(value)) if value == value and abs(value) != float("inf") and value == int(value) else repr(float(value))
+    if isinstance(value, dict):
+        return "{%s}" % ",".join(sorted(f"{_canonical(k, depth + 1)}:{_canonical(v, depth + 1)}" for k, v in value.items()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        parts = [_canonical(v, depth + 1) for v in value]
+        kind = "set" if isinstance(value, (set, frozenset)) else type(value).__name__
+        return f"{kind}({','.join(sorted(parts) if kind == 'set' else parts)})"
+    return f"{type(value).__name__}:{getattr(value, '__qualname__', None) or repr(value)}"
+
+
+def _run_calls(code, calls, call_seconds, out):
+    """In a forked child: every call on fresh definitions, under limits; writes a JSON list of canonical values to `out`."""
+    def expire(*_):
+        raise TimeoutError("the call ran out of time")
+    signal.signal(signal.SIGALRM, expire)
+    for limit, size in ((resource.RLIMIT_AS, 2 << 30), (resource.RLIMIT_FSIZE, 16 << 20), (resource.RLIMIT_CORE, 0)):
+        resource.setrlimit(limit, (size, size))
+    values = []
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)
+        for call in calls:
+            random.seed(0)
+            signal.setitimer(signal.ITIMER_REAL, call_seconds)
+            try:
+                names = {"__name__": "answer"}
+                exec(code, names)
+                value = eval(call, names)
+                values.append(None if value is None else _canonical(value)[:1_000_000])
+            except BaseException:  # whatever a stranger's program raises, SystemExit included, is a failed call
+                values.append(None)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    os.write(out, json.dumps(values).encode())
+
+
+def _worker():
+    """The warm process behind `grade`: for each job on stdin fork a child, wait for at most its time, print what came back."""
+    jobs, results, null = sys.stdin.buffer, os.dup(1), os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    for line in jobs:
+        code, calls, call_seconds, answer_seconds = json.loads(line)
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            os.dup2(null, 0)
+            os.close(results)
+            try:
+                _run_calls(code, calls, call_seconds, write)
+            finally:
+                os._exit(0)
+        os.close(write)
+        data, end = b"", time.monotonic() + answer_seconds
+        while len(data) < 1 << 24 and select.select([read], [], [], max(0.0, end - time.monotonic()))[0]:
+            piece = os.read(read, 1 << 16)
+            if not piece:
+                break
+            data += piece
+        try:
+            os.killpg(child, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        os.waitpid(child, 0)
+        os.close(read)
+        os.write(results, data.replace(b"\n", b" ") + b"\n")
+
+
+def _run_jobs(jobs):
+    """Run [code, calls, seconds a call, seconds an answer] in one worker; a list of values (None: failed) for each."""
+    here = str(Path(__file__).resolve().parent)
+    text = "".join(json.dumps(job) + "\n" for job in jobs)
+    done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {here!r}); import env; env._worker()"],
+                          input=text.encode(), stdout=subprocess.PIPE, env={"PYTHONHASHSEED": "0", "PATH": os.environ["PATH"]})
+    results = []
+    for job, line in zip(jobs, done.stdout.split(b"\n")):
+        try:
+            values = json.loads(line)
+        except ValueError:
+            values = None
+        results.append(values if isinstance(values, list) and len(values) == len(job[1]) else [None] * len(job[1]))
+    return results + [[None] * len(job[1]) for job in jobs[len(results):]]
+
+
+def grade(answers, tasks, call_seconds=1.0, answer_seconds=10.0, workers=2):
+    """The reward of each answer: the share of its task's test calls whose value equals the reference's. Success means 1.0.
+
+    Answers run in child processes: fresh definitions for each call, one second a call, ten an answer, 2 GiB of memory, 16 MiB a
+    file, a scratch folder as current directory, the same hash and random seeds for reference and answer. None never counts as
+    equal. Equal (answer, task) pairs run once. NOT contained: an answer can read and write the files that you can, and use the
+    network; run models that you do not trust in a sandbox of your own.
+    """
+    jobs = {}
+    for answer, task in zip(answers, tasks):
+        for code in (task.ground_truth, extract_code(answer)):
+            calls = list(task.test_cases.values())
+            jobs.setdefault((code, *calls), [code, calls, call_seconds, answer_seconds])
+    keys = list(jobs)
+    size = max(1, -(-len(keys) // workers))
+    with ThreadPoolExecutor(workers) as pool:
+        chunks = pool.map(lambda i: _run_jobs([jobs[key] for key in keys[i:i + size]]), range(0, len(keys), size))
+        values = dict(zip(keys, (value for chunk in chunks for value in chunk)))
+    rewards = []
+    for answer, task in zip(answers, tasks):
+        calls = list(task.test_cases.values())
+        pairs = list(zip(values[(task.ground_truth, *calls)], values[(extract_code(answer), *calls)]))
+        rewards.append(sum(a is not None and a == b for a, b in pairs) / max(1, len(pairs)))
+    return rewards
