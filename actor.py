@@ -1,12 +1,14 @@
 """The actor: the policy pi(a_t | o_t) that talks, and how it learns from good and bad turns.
 
-Sampling runs many dialogues in lock-step. Learning is DPO on single turns: for one observation o_t, a chosen turn a^+ and a rejected
-turn a^- (picked by the critic's advantage), and the frozen initial policy pi_ref, which sees what the actor sees and no c:
+Sampling runs many dialogues in lock-step. Learning is DPO on single turns: for one observation o_t, a chosen turn a^+
+and a rejected turn a^- (picked by the critic's advantage), and the frozen initial policy pi_ref, which sees what the
+actor sees and no c:
 
-    loss = -log sigmoid( beta [ log pi(a^+|o_t)/pi_ref(a^+|o_t)  -  log pi(a^-|o_t)/pi_ref(a^-|o_t) ] )                (Eq. 4)
+    loss = -log sigmoid( beta [ log pi(a^+|o_t)/pi_ref(a^+|o_t)  -  log pi(a^-|o_t)/pi_ref(a^-|o_t) ] )          (Eq. 4)
 
-with log-probs summed over the tokens of the turn. The baselines use the same loop on other data: multi-turn DPO puts whole
-trajectories in the place of the turns, and RFT (rejection-sampling fine-tuning) raises the log-probs of successful trajectories.
+with log-probs summed over the tokens of the turn. The baselines use the same loop on other data: multi-turn DPO puts
+whole trajectories in the place of the turns, and RFT (rejection-sampling fine-tuning) raises the log-probs of
+successful trajectories.
 
 Place in the data flow: base/ + tasks -> `play_out` -> trajectories.jsonl; states -> `sample` -> samples.jsonl;
 candidates.jsonl -> `turn_pairs` -> pairs.jsonl -> `train_preferences` -> actor/.
@@ -16,34 +18,81 @@ Differences from the paper: none in the formula; sizes and step sizes of the sma
 Shapes: B rows, T tokens, V vocabulary.
 """
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from env import end_of_turn, render
-from kernels.fit import fit
+from env import DialogueEnv, Task, end_of_turn, grade, render
+from kernels.fit import arg, fit
 from kernels.logprob import collate, reference_sums, turn_logprobs
 
 
-# ---------------------------------------------------------------------------------------------------------- Eq. 4
+@dataclass(frozen=True)
+class Rollout:
+    """Dialogues by the initial policy."""
+    tasks: int = arg(250, "training tasks", 10000)
+    per_task: int = arg(8, "offline dialogues a task")
+    max_turns: int = arg(4, "turns of a dialogue, the answer included", 10)
+    max_tokens: int = arg(48, "tokens of a turn at most")
+    temperature: float = arg(1.0, "sampling temperature of the offline dialogues")
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Turns for the critic to choose from."""
+    states: int = arg(1500, "states (turns of offline dialogues) to sample candidates at")
+    n: int = arg(16, "candidates a state", 16)
+
+
+@dataclass(frozen=True)
+class Actor:
+    """DPO on turn pairs (Eq. 4)."""
+    lr: float = arg(1e-3, "learning rate", 2e-7)
+    beta: float = arg(1.0, "Eq. 4's beta", 0.1)
+    nll: float = arg(0.3, "weight of the chosen turn's negative log-likelihood", 0.01)
+    batch_size: int = arg(16, "turn pairs a step", 8)
+    epochs: int = arg(2, "passes over the pairs", 1)
+
+
+@dataclass(frozen=True)
+class Rft:
+    """Rejection-sampling fine-tuning, a baseline."""
+    lr: float = arg(1e-3, "learning rate", 2e-7)
+    batch_size: int = arg(32, "trajectories a step", 32)
+    epochs: int = arg(4, "passes over the successful trajectories", 4)
+
+
+@dataclass(frozen=True)
+class Multiturn:
+    """DPO on whole trajectories, a baseline."""
+    lr: float = arg(3e-4, "learning rate", 2e-7)
+    beta: float = arg(0.3, "DPO's beta on whole trajectories", 0.1)
+    nll: float = arg(0.3, "weight of the chosen trajectory's negative log-likelihood", 0.01)
+    batch_size: int = arg(8, "trajectory pairs a step", 8)
+    epochs: int = arg(3, "passes over the pairs", 4)
+
+
+# ------------------------------------------------------------------ Eq. 4
 
 def dpo_loss(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, beta):
     """Eq. 4. Log-probs (nats, summed over tokens) of chosen and rejected under the policy and pi_ref -> mean loss."""
     return -F.logsigmoid(beta * ((chosen_B - ref_chosen_B) - (rejected_B - ref_rejected_B))).mean()
 
 
-# ---------------------------------------------------------------------------------------------------------- sampling
+# ------------------------------------------------------------------ sampling
 
 def noise(keys, max_tokens):
-    """Uniform numbers [len(keys), max_tokens]: row i depends on keys[i] alone, so neither order nor batch size matters."""
+    """Uniform numbers [len(keys), max_tokens]: row i depends on keys[i] alone, so neither order nor batch size
+    matters."""
     seeds = (int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") for key in keys)
     return torch.from_numpy(np.stack([np.random.default_rng(seed).random(max_tokens) for seed in seeds])).float()
 
 
 def pick(logits_BV, noise_B, temperature=1.0, top_p=1.0):
-    """One token a row, by inverting the cumulative distribution at noise_B. top_p keeps the smallest set of most likely tokens
-    whose probability reaches top_p (the token that crosses the line included)."""
+    """One token a row, by inverting the cumulative distribution at noise_B. top_p keeps the smallest set of most
+    likely tokens whose probability reaches top_p (the token that crosses the line included)."""
     probs_BV = (logits_BV.float() / temperature).softmax(-1)
     if top_p < 1.0:
         sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
@@ -55,9 +104,9 @@ def pick(logits_BV, noise_B, temperature=1.0, top_p=1.0):
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_tokens=64):
-    """One turn for each prompt (a list of token ids): lists of token ids that end with the end-of-turn token, or, when the turn
-    was cut off at max_tokens or at a control token that has no place in a turn, without it. keys: what each row's randomness is
-    seeded with, any value with a repr."""
+    """One turn for each prompt (a list of token ids): lists of token ids that end with the end-of-turn token, or,
+    when the turn was cut off at max_tokens or at a control token that has no place in a turn, without it. keys: what
+    each row's randomness is seeded with, any value with a repr."""
     eot, prompts = end_of_turn(tokenizer), [tuple(prompt) for prompt in prompts]
     distinct = list(dict.fromkeys(prompts))  # the candidates of one state share its prompt: read it once
     width = max(map(len, distinct))
@@ -98,10 +147,11 @@ def turn_text(tokenizer, output_ids):
 
 
 def play_out(model, tokenizer, envs, human, keys, *, temperature=1.0, top_p=1.0, max_tokens=64):
-    """Play dialogues to their end, all in lock-step. envs: DialogueEnv after reset() or observe(); keys: a seed for each.
+    """Play dialogues to their end, all in lock-step. envs: DialogueEnv after reset() or observe(); keys: a seed for
+    each.
 
-    Every agent turn keeps its `output_ids`, so that log-probs are of the tokens that were sampled, and, as in ColBench's format,
-    `input` and `output` (the text that the model read and wrote).
+    Every agent turn keeps its `output_ids`, so that log-probs are of the tokens that were sampled, and, as in
+    ColBench's format, `input` and `output` (the text that the model read and wrote).
     """
     live = list(range(len(envs)))
     while live:
@@ -111,17 +161,68 @@ def play_out(model, tokenizer, envs, human, keys, *, temperature=1.0, top_p=1.0,
         going = []
         for i, prompt, output_ids in zip(live, prompts, turns):
             text = turn_text(tokenizer, output_ids)
-            if not envs[i].step(text, input=tokenizer.decode(prompt), output=tokenizer.decode(output_ids), output_ids=output_ids):
+            texts = {"input": tokenizer.decode(prompt), "output": tokenizer.decode(output_ids)}
+            if not envs[i].step(text, **texts, output_ids=output_ids):
                 going.append(i)
         for i, reply in zip(going, human.reply([envs[i].task for i in going], [envs[i].messages for i in going])):
             envs[i].observe(reply)
         live = going
 
 
-# ---------------------------------------------------------------------------------------------------------- learning
+def play_tasks(model, tokenizer, tasks, human, keys, cfg, **decoding):
+    """Play a dialogue on each task to its end and grade it: a list of trajectories in ColBench's format."""
+    envs = [DialogueEnv(cfg.max_turns) for _ in tasks]
+    for env, task in zip(envs, tasks):
+        env.reset(task)
+    play_out(model, tokenizer, envs, human, keys, max_tokens=cfg.max_tokens, **decoding)
+    rewards = grade([env.answer for env in envs], tasks)
+    return [{"task": env.task.to_record(), "dialogue_history": env.messages, "answer": env.answer, "reward": reward}
+            for env, reward in zip(envs, rewards)]
+
+
+def bare(messages):
+    """Messages as a model needs them: without the texts that trajectories keep for the reader."""
+    return [{key: value for key, value in message.items() if key not in ("input", "output")} for message in messages]
+
+
+def sample_candidates(model, tokenizer, states, keys, n, max_tokens):
+    """Add to each state {"task", "messages"} its "candidates", [{"content", "output_ids"}]: n sampled turns, repeats
+    dropped."""
+    prompts = [render(tokenizer, state["messages"])[0] for state in states for _ in range(n)]
+    turns = sample(model, tokenizer, prompts, [(*key, k) for key in keys for k in range(n)], max_tokens=max_tokens)
+    for i, state in enumerate(states):
+        distinct = [list(turn) for turn in dict.fromkeys(map(tuple, turns[i * n:(i + 1) * n])) if turn]
+        state["candidates"] = [{"content": turn_text(tokenizer, turn), "output_ids": turn} for turn in distinct]
+
+
+def play_on(model, tokenizer, states, human, n, cfg, seed):
+    """Value every candidate by Monte Carlo: add "returns", the rewards of n dialogues that the policy plays on from
+    it."""
+    envs, keys = [], []
+    for s, state in enumerate(states):
+        for c, candidate in enumerate(state["candidates"]):
+            for k in range(n):
+                env = DialogueEnv(cfg.max_turns)
+                env.reset(Task.from_record(state["task"]))
+                env.messages, env.turns = list(state["messages"]), len(state["messages"]) // 2
+                env.step(candidate["content"], output_ids=candidate["output_ids"])
+                envs.append(env)
+                keys.append((seed, "play on", s, c, k))
+    going = [i for i, env in enumerate(envs) if env.answer is None]
+    for i, reply in zip(going, human.reply([envs[i].task for i in going], [envs[i].messages for i in going])):
+        envs[i].observe(reply)
+    for part in (going[i:i + 512] for i in range(0, len(going), 512)):
+        play_out(model, tokenizer, [envs[i] for i in part], human, [keys[i] for i in part], max_tokens=cfg.max_tokens)
+    rewards = iter(grade([env.answer for env in envs], [env.task for env in envs]))
+    for candidate in (c for state in states for c in state["candidates"]):
+        candidate["returns"] = [next(rewards) for _ in range(n)]
+
+
+# ------------------------------------------------------------------ learning
 
 def turn_pairs(advantages, n, rng):
-    """Indices (chosen, rejected) of up to n different pairs: chosen from the better half by advantage, rejected from the worse.
+    """Indices (chosen, rejected) of up to n different pairs: chosen from the better half by advantage, rejected from
+    the worse.
 
     Only pairs with a strictly larger advantage count; a state that has none gives none.
     """
@@ -143,9 +244,9 @@ def turn_view(tokenizer, prompt, turn):
 def preference_loss(model, batch, beta, nll):
     """DPO on a batch of {"chosen", "rejected", "ref_chosen", "ref_rejected"}: the loss, and what to watch."""
     B = len(batch)
-    sums_BK, lengths_BK = turn_logprobs(model, collate([pair[side] for side in ("chosen", "rejected") for pair in batch],
-                                                       model.device))
-    sums_B, ref_B = sums_BK.sum(-1), sums_BK.new_tensor([sum(pair[f"ref_{side}"]) for side in ("chosen", "rejected") for pair in batch])
+    sides = [(side, pair) for side in ("chosen", "rejected") for pair in batch]
+    sums_BK, lengths_BK = turn_logprobs(model, collate([pair[side] for side, pair in sides], model.device))
+    sums_B, ref_B = sums_BK.sum(-1), sums_BK.new_tensor([sum(pair[f"ref_{side}"]) for side, pair in sides])
     loss = dpo_loss(sums_B[:B], sums_B[B:], ref_B[:B], ref_B[B:], beta)
     loss = loss - nll * sums_B[:B].sum() / lengths_BK[:B].sum()
     with torch.no_grad():
@@ -156,13 +257,13 @@ def preference_loss(model, batch, beta, nll):
 
 
 def train_preferences(model, examples, out, cfg, seed, save, label):
-    """Fit the policy on pairs of views. `model` is the initial policy: its log-probs, pi_ref, are taken before the first step."""
+    """Fit the policy on pairs of views. `model` is the initial policy: its log-probs, pi_ref, are taken before the
+    first step."""
     for side in ("chosen", "rejected"):
         for example, sums in zip(examples, reference_sums(model, [e[side] for e in examples], label="pi_ref")):
             example[f"ref_{side}"] = sums
-    return fit(model, examples, lambda m, batch: preference_loss(m, batch, cfg.beta, cfg.nll), out, lr=cfg.lr,
-               batch_size=cfg.batch_size, epochs=cfg.epochs, seed=seed, save=save, label=label,
-               sizes=[len(e["chosen"][0]) + len(e["rejected"][0]) for e in examples])
+    return fit(model, examples, lambda m, batch: preference_loss(m, batch, cfg.beta, cfg.nll), out, cfg, seed, save,
+               label=label, sizes=[len(e["chosen"][0]) + len(e["rejected"][0]) for e in examples])
 
 
 def imitation_loss(model, batch):
@@ -172,6 +273,6 @@ def imitation_loss(model, batch):
 
 
 def train_imitation(model, views, out, cfg, seed, save, label):
-    """Fit the policy on views of successful trajectories (RFT), or of a demonstrator's dialogues (the small world's base)."""
-    return fit(model, views, imitation_loss, out, lr=cfg.lr, batch_size=cfg.batch_size, epochs=cfg.epochs, seed=seed, save=save,
-               label=label, sizes=[len(ids) for ids, _ in views])
+    """Fit the policy on views of successful trajectories (RFT), or of a demonstrator's dialogues (the small world's
+    base)."""
+    return fit(model, views, imitation_loss, out, cfg, seed, save, label=label, sizes=[len(ids) for ids, _ in views])

@@ -1,37 +1,62 @@
 """The critic: how good was each turn, judged by someone who knows the solution.
 
-SWEET trains no value head. The critic *is* a language model pi_theta that reads the reference solution c in front of the dialogue, and
-the advantage of a turn is how much more likely pi_theta makes it than the frozen initial model pi_ref does, per token:
+SWEET trains no value head. The critic *is* a language model pi_theta that reads the reference solution c in front of
+the dialogue, and the advantage of a turn is how much more likely pi_theta makes it than the frozen initial model
+pi_ref does, per token:
 
-    A(o_t, a_t, c) = 1/L sum_l [ log pi_theta(a_t^l | o_t, a_t^<l, c) - log pi_ref(a_t^l | o_t, a_t^<l, c) ]           (Eq. 3)
+    A(o_t, a_t, c) = 1/L sum_l [ log pi_theta(a_t^l | o_t, a_t^<l, c) - log pi_ref(a_t^l | o_t, a_t^<l, c) ]    (Eq. 3)
 
-Nobody labels turns. What is known is which of two whole dialogues on the same task ended better, and by Bradley-Terry the better one
-should have the larger sum of advantages; the sum's gradient finds out which turns deserve it:
+Nobody labels turns. What is known is which of two whole dialogues on the same task ended better, and by Bradley-Terry
+the better one should have the larger sum of advantages; the sum's gradient finds out which turns deserve it:
 
-    loss = -log sigmoid( beta [ sum_t A(o_t^+, a_t^+, c) - sum_t A(o_t^-, a_t^-, c) ] )                               (Eq. 2)
+    loss = -log sigmoid( beta [ sum_t A(o_t^+, a_t^+, c) - sum_t A(o_t^-, a_t^-, c) ] )                        (Eq. 2)
 
-Place in the data flow: trajectories.jsonl -> `trajectory_pairs` -> `train` -> critic/; samples.jsonl -> `rank` -> candidates.jsonl.
-Exercised by `python sweet.py critic` and `python -m pytest tests/test_losses.py`.
-Differences from the paper: none in the formulas. Flags give the paper's ablations (no c, sum instead of mean) and the official code's
+Place in the data flow: trajectories.jsonl -> `trajectory_pairs` -> `train` -> critic/; samples.jsonl -> `rank` ->
+candidates.jsonl. Exercised by `python sweet.py critic` and `python -m pytest tests/test_losses.py`. Differences from
+the paper: none in the formulas. Flags give the paper's ablations (no c, sum instead of mean) and the official code's
 single mean over the trajectory.
 
 Shapes: B trajectories, K turns.
 """
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
 from env import render
-from kernels.fit import fit
-from kernels.logprob import collate, pad_turns, turn_logprobs, reference_sums
+from kernels.fit import arg, fit
+from kernels.logprob import collate, pad_turns, reference_sums, turn_logprobs
 
 
-# ---------------------------------------------------------------------------------------------------------- Eq. 2 and 3
+@dataclass(frozen=True)
+class Pairs:
+    """Which trajectories and which turns are paired."""
+    per_task: int = arg(6, "trajectory pairs a task at most")
+    margin: float = arg(0.0, "reward difference that makes a trajectory pair; 0: success against failure", 0.0)
+    per_state: int = arg(4, "turn pairs a state at most", 4)
+
+
+@dataclass(frozen=True)
+class Critic:
+    """The critic's training (Eq. 2) and how its advantage is computed (Eq. 3)."""
+    lr: float = arg(1e-3, "learning rate", 2e-7)
+    beta: float = arg(1.0, "Eq. 2's beta", 0.1)
+    nll: float = arg(0.0, "weight of the chosen turns' negative log-likelihood", 0.01)
+    batch_size: int = arg(8, "trajectory pairs a step", 8)
+    epochs: int = arg(3, "passes over the pairs", 4)
+    normalize: str = arg("turn", "length normalisation of A: turn, none or trajectory", "turn")
+    rank_against: str = arg("c", "pi_ref reads the reference when ranking (c), or not (own, as the official code)", "c")
+    reference: bool = arg(True, "the critic reads the reference; --no-reference: it does not", True, flag="reference")
+
+
+# ------------------------------------------------------------------ Eq. 2 and 3
 
 def turn_advantages(sums_BK, ref_sums_BK, lengths_BK, normalize="turn"):
-    """Eq. 3. Log-probs summed over each turn by the critic and by pi_ref, and tokens per turn -> advantages_BK (nats per token).
+    """Eq. 3. Log-probs summed over each turn by the critic and by pi_ref, and tokens per turn -> advantages_BK (nats
+    per token).
 
-    0 where a turn is absent (length 0). normalize: "turn", the paper's mean; "none", a plain sum (the paper's ablation);
-    "trajectory", one mean over all agent tokens of the row (what the official code computes).
+    0 where a turn is absent (length 0). normalize: "turn", the paper's mean; "none", a plain sum (the paper's
+    ablation); "trajectory", one mean over all agent tokens of the row (what the official code computes).
     """
     ratio_BK = sums_BK - ref_sums_BK
     tokens = {"turn": lengths_BK, "none": torch.ones_like(lengths_BK),
@@ -40,23 +65,25 @@ def turn_advantages(sums_BK, ref_sums_BK, lengths_BK, normalize="turn"):
 
 
 def bradley_terry_loss(chosen_BK, rejected_BK, beta):
-    """Eq. 2. Advantages of the better and the worse trajectory of B pairs -> mean loss (log 2 when all advantages are 0)."""
+    """Eq. 2. Advantages of the better and the worse trajectory of B pairs -> mean loss (log 2 when all advantages are
+    0)."""
     return -F.logsigmoid(beta * (chosen_BK.sum(-1) - rejected_BK.sum(-1))).mean()
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------ training
 
 def trajectory_pairs(trajectories, per_task, margin, rng):
     """Pairs (better, worse) of trajectories on the same task, at most `per_task` each, in random order.
 
-    margin None: the better one is a success (reward 1), the worse one is not. A number: rewards differ by at least that much.
+    margin 0: the better one is a success (reward 1), the worse one is not. Otherwise rewards differ by at least that
+    much.
     """
     by_task, pairs = {}, []
     for trajectory in trajectories:
         by_task.setdefault(trajectory["task"]["problem_description"], []).append(trajectory)
     for group in by_task.values():
         found = [(a, b) for a in group for b in group if (
-            a["reward"] == 1.0 > b["reward"] if margin is None else a["reward"] - b["reward"] >= margin)]
+            a["reward"] - b["reward"] >= margin if margin else a["reward"] == 1.0 > b["reward"])]
         pairs += rng.sample(found, min(per_task, len(found)))
     rng.shuffle(pairs)
     return pairs
@@ -69,11 +96,12 @@ def critic_view(tokenizer, trajectory, use_reference=True):
 
 
 def loss_fn(model, batch, beta, nll, normalize):
-    """The training loss on a batch of pairs, and what to watch: accuracy, margin, and the margin's share in the last turn."""
+    """The training loss on a batch of pairs, and what to watch: accuracy, margin, and the margin's share in the last
+    turn."""
     B = len(batch)
-    sums_BK, lengths_BK = turn_logprobs(model, collate([pair[side] for side in ("chosen", "rejected") for pair in batch],
-                                                       model.device))
-    ref_BK = pad_turns([pair[f"ref_{side}"] for side in ("chosen", "rejected") for pair in batch], sums_BK)
+    sides = [(side, pair) for side in ("chosen", "rejected") for pair in batch]
+    sums_BK, lengths_BK = turn_logprobs(model, collate([pair[side] for side, pair in sides], model.device))
+    ref_BK = pad_turns([pair[f"ref_{side}"] for side, pair in sides], sums_BK)
     advantages_BK = turn_advantages(sums_BK, ref_BK, lengths_BK, normalize)
     chosen_BK, rejected_BK = advantages_BK[:B], advantages_BK[B:]
     loss = bradley_terry_loss(chosen_BK, rejected_BK, beta)
@@ -94,40 +122,58 @@ def train(model, tokenizer, pairs, out, cfg, seed, save):
     for side in ("chosen", "rejected"):
         for example, sums in zip(examples, reference_sums(model, [e[side] for e in examples], label="pi_ref")):
             example[f"ref_{side}"] = sums
-    return fit(model, examples, lambda m, batch: loss_fn(m, batch, cfg.beta, cfg.nll, cfg.normalize), out, lr=cfg.lr,
-               batch_size=cfg.batch_size, epochs=cfg.epochs, seed=seed, save=save, label="critic",
-               sizes=[len(e["chosen"][0]) + len(e["rejected"][0]) for e in examples])
+    return fit(model, examples, lambda m, batch: loss_fn(m, batch, cfg.beta, cfg.nll, cfg.normalize), out, cfg, seed,
+               save, label="critic", sizes=[len(e["chosen"][0]) + len(e["rejected"][0]) for e in examples])
 
 
-# ---------------------------------------------------------------------------------------------------------- ranking
+# ------------------------------------------------------------------ ranking
 
 def candidate_views(tokenizer, state, use_reference=True):
-    """Every candidate turn of a state as (input_ids, turn_ids), where only the candidate's tokens have a turn number (1)."""
+    """Every candidate turn of a state as (input_ids, turn_ids), where only the candidate's tokens have a turn number
+    (1)."""
     reference = state["task"]["ground_truth"] if use_reference else None
     prefix, _ = render(tokenizer, state["messages"], reference)
     return [(prefix + c["output_ids"], [0] * len(prefix) + [1] * len(c["output_ids"])) for c in state["candidates"]]
 
 
-def rank(model, tokenizer, states, use_reference=True, normalize="turn", ref_key="ref_sum"):
-    """Advantages (Eq. 3) of every candidate turn: a list for each state, in the order of its candidates.
+def score_reference(model, tokenizer, states):
+    """Add pi_ref's log-prob to every candidate: `ref_sum` given c, and `ref_sum_without_c`. model: the initial
+    policy."""
+    for key, use_reference in (("ref_sum", True), ("ref_sum_without_c", False)):
+        views = [view for state in states for view in candidate_views(tokenizer, state, use_reference)]
+        sums = iter(reference_sums(model, views))
+        for candidate in (c for state in states for c in state["candidates"]):
+            candidate[key] = next(sums)[0]
 
-    states: {"task", "messages", "candidates": [{"output_ids", ref_key}]}; ref_key holds pi_ref's log-prob of the candidate.
-    The path from text to number is the one that training took. A single turn has no trajectory to take a mean over: "trajectory"
-    ranks by the turn's own mean.
+
+def rank(model, tokenizer, states, cfg):
+    """Add `advantage` (Eq. 3) to every candidate turn of every state.
+
+    states: {"task", "messages", "candidates": [{"output_ids", "ref_sum", "ref_sum_without_c"}]}. From text to number
+    this is the path that training took. A single turn has no trajectory to take a mean over: normalize "trajectory"
+    ranks by the turn's mean.
     """
-    views = [view for state in states for view in candidate_views(tokenizer, state, use_reference)]
-    sums = iter(reference_sums(model, views))
-    advantages = []
-    for state in states:
-        n = [len(c["output_ids"]) for c in state["candidates"]]
-        mine = torch.tensor([[next(sums)[0]] for _ in n])
-        ref = torch.tensor([[c[ref_key]] for c in state["candidates"]])
-        how = "none" if normalize == "none" else "turn"
-        advantages.append(turn_advantages(mine, ref, torch.tensor(n, dtype=mine.dtype)[:, None], how).squeeze(-1).tolist())
-    return advantages
+    ref_key = "ref_sum" if cfg.reference and cfg.rank_against == "c" else "ref_sum_without_c"
+    candidates = [c for state in states for c in state["candidates"]]
+    views = [view for state in states for view in candidate_views(tokenizer, state, cfg.reference)]
+    sums_N1 = torch.tensor(reference_sums(model, views))
+    ref_N1 = torch.tensor([[c[ref_key]] for c in candidates])
+    lengths_N1 = torch.tensor([[float(len(c["output_ids"]))] for c in candidates])
+    advantages_N1 = turn_advantages(sums_N1, ref_N1, lengths_N1, "none" if cfg.normalize == "none" else "turn")
+    for candidate, advantage in zip(candidates, advantages_N1.squeeze(-1).tolist()):
+        candidate["advantage"] = round(advantage, 6)
 
 
-# ---------------------------------------------------------------------------------------------------------- is it right?
+@torch.no_grad()
+def judge_turns(trained, initial, trajectory, cfg):
+    """The advantage of each turn of one trajectory. trained: (critic, tokenizer); initial: the model that is pi_ref."""
+    model, tokenizer = trained
+    batch = collate([critic_view(tokenizer, trajectory, cfg.reference)], model.device)
+    sums_BK, lengths_BK = turn_logprobs(model, batch)
+    return turn_advantages(sums_BK, turn_logprobs(initial, batch)[0], lengths_BK, cfg.normalize)[0].tolist()
+
+
+# ------------------------------------------------------------------ is it right?
 
 def area_under_curve(good, bad):
     """The chance that a random good one has a larger score than a random bad one (ties count half)."""
@@ -137,13 +183,15 @@ def area_under_curve(good, bad):
 def agreement_with_labels(states):
     """AUC within a state, averaged over the states that hold good and bad candidates of a kind.
 
-    states: {"candidates": [{"advantage", "kind", "good"}]}. Returns {kind: {"auc", "states"}} for questions and answers.
+    states: {"candidates": [{"advantage", "kind", "good"}]}. Returns {kind: {"auc", "states"}} for questions and
+    answers.
     """
     result = {}
     for kind in ("question", "answer"):
         areas = []
         for state in states:
-            sides = [[c["advantage"] for c in state["candidates"] if c["kind"] == kind and c["good"] is good] for good in (True, False)]
+            mine = [c for c in state["candidates"] if c["kind"] == kind]
+            sides = [[c["advantage"] for c in mine if c["good"] is good] for good in (True, False)]
             if all(sides):
                 areas.append(area_under_curve(*sides))
         result[kind] = {"auc": sum(areas) / len(areas) if areas else None, "states": len(areas)}
@@ -151,8 +199,9 @@ def agreement_with_labels(states):
 
 
 def agreement_with_monte_carlo(states):
-    """Does a larger advantage mean a larger value? Pairs of candidates of one state whose values, means over the rewards of
-    dialogues played on from them, differ by more than two standard errors: the share that the critic orders alike.
+    """Does a larger advantage mean a larger value? Pairs of candidates of one state whose values, means over the
+    rewards of dialogues played on from them, differ by more than two standard errors: the share that the critic
+    orders alike.
 
     states: {"candidates": [{"advantage", "returns": rewards}]}. Returns {"accuracy", "pairs"}.
     """

@@ -1,17 +1,21 @@
-"""The world of SWEET-RL: tasks, the dialogue as a partially observed decision process, what a model reads, and the reward.
+"""The world of SWEET-RL: tasks, the dialogue as a partially observed decision process, what a model reads, and the
+reward.
 
 An agent gets a vague request and talks with a human who knows the solution. Every turn it either asks or, by writing
 `I WANT TO ANSWER:`, hands in an answer, which ends the dialogue. The reward is the share of the task's tests that pass.
 
     observation o_t   all messages so far (the human's request, earlier turns, replies)
     action a_t        the agent's t-th message, tokens a_t^1 .. a_t^L (the end-of-turn token is the last one)
-    hidden c          the reference solution: the human answers from it, the critic reads it in training, the agent never does
+    hidden c          the reference solution: the human answers from it, the critic reads it in training, the agent
+                      never does
 
-This file needs no torch. Place in the data flow: tasks.jsonl -> Task -> DialogueEnv -> messages -> render -> token ids, and
-answers -> grade -> rewards. Differences from the paper: none in the protocol; `grade` protects itself (see its docstring).
+This file needs no torch. Place in the data flow: tasks.jsonl -> Task -> DialogueEnv -> messages -> render -> token
+ids, and answers -> grade -> rewards. Differences from the paper: none in the protocol; `grade` protects itself (see
+its docstring).
 """
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -27,25 +31,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ANSWER_MARKER = "I WANT TO ANSWER:"
-REFERENCE_PREFIX = "In light that the final answer is: {reference}.\n"  # the critic's view of c: these words are a data format
+REFERENCE_PREFIX = "In light that the final answer is: {reference}.\n"  # how the critic reads c: a data format
 INSTRUCTIONS = (
-    "You are helping a person who needs a piece of work done but has described it only roughly. In each of your turns, ask "
-    "one short question about what is missing, or, once you know enough, write \"" + ANSWER_MARKER + "\" followed by the "
-    "complete result. You have {max_turns} turns at most, and the answer takes one of them.\n\n")
+    "You are helping a person who needs a piece of work done but has described it only roughly. In each of your turns, "
+    "ask one short question about what is missing, or, once you know enough, write \"" + ANSWER_MARKER + "\" followed "
+    "by the complete result. You have {max_turns} turns at most, and the answer takes one of them.\n\n")
 
 
 class InputError(ValueError):
     """Bad input from the user: one line that names the file, the line and field, and what was expected."""
 
 
-# ---------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------ files
 
 def read_jsonl(path, required=()):
     """Yield (line number, record) from a JSON-lines file, one at a time. InputError on what cannot be read."""
     try:
         file = open(path, encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a file with one JSON object a line") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected one JSON object a line") from None
     with file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -65,9 +69,9 @@ def read_jsonl(path, required=()):
 class JsonlWriter:
     """Write a JSON-lines file that is either whole or absent, and can go on after a kill.
 
-    Whole lines go to PATH.partial; `close` renames it. A writer opened on an existing partial file drops a torn last line,
-    keeps a multiple of `group` lines (work is done in groups, so that a resumed run computes the same batches) and says in
-    `.done` how many are kept.
+    Whole lines go to PATH.partial; `close` renames it. A writer opened on an existing partial file drops a torn last
+    line, keeps a multiple of `group` lines (work is done in groups, so that a resumed run computes the same batches)
+    and says in `.done` how many are kept.
     """
 
     def __init__(self, path, group=1):
@@ -94,7 +98,7 @@ def write_json(path, value):
     os.replace(f"{path}.partial", path)
 
 
-# ---------------------------------------------------------------------------------------------------------- tasks
+# ------------------------------------------------------------------ tasks
 
 @dataclass(frozen=True)
 class Task:
@@ -124,7 +128,7 @@ class Task:
             if name not in record and name != "test_cases":
                 raise InputError(f"{where}: field '{name}' is missing; found {sorted(record)[:8]}")
             if not isinstance(record.get(name, kind()), kind):
-                raise InputError(f"{where}: field '{name}' should be a {kind.__name__}, is a {type(record[name]).__name__}")
+                raise InputError(f"{where}: field '{name}' should be a {kind.__name__}, is {record[name]!r:.40}")
         values = {name: record.get(name, kind()) for name, kind in known.items()}
         return cls(**values, extra={name: value for name, value in record.items() if name not in known})
 
@@ -133,11 +137,11 @@ def load_tasks(path):
     """Read a ColBench task file. InputError on a missing file or field, a broken line, or no task at all."""
     tasks = [Task.from_record(record, f"{path}, line {number}") for number, record in read_jsonl(path)]
     if not tasks:
-        raise InputError(f"{path}: holds no task; expected one JSON object a line with problem_description, ground_truth")
+        raise InputError(f"{path}: holds no task; expected a line with problem_description and ground_truth for each")
     return tasks
 
 
-# ---------------------------------------------------------------------------------------------------------- dialogue
+# ------------------------------------------------------------------ dialogue
 
 class DialogueEnv:
     """One dialogue. The answer counts as a turn; a dialogue that runs out of turns is graded on its last one.
@@ -158,7 +162,8 @@ class DialogueEnv:
         return self.messages
 
     def step(self, action, **extra):
-        """Append the agent's turn (extra: output_ids and the like, kept with the message). True when the dialogue is over."""
+        """Append the agent's turn (extra: output_ids and the like, kept with the message). True when the dialogue is
+        over."""
         if self.answer is not None or self.messages[-1]["role"] != "user":
             raise ValueError("step() needs a human's message to respond to: call reset() or observe() first")
         self.messages.append({"role": "assistant", "content": action, **extra})
@@ -175,7 +180,7 @@ class DialogueEnv:
         return self.messages
 
 
-# ---------------------------------------------------------------------------------------------------------- render
+# ------------------------------------------------------------------ render
 
 @functools.lru_cache(maxsize=1024)
 def _scaffold(tokenizer, roles):
@@ -206,11 +211,12 @@ def end_of_turn(tokenizer):
 def render(tokenizer, messages, reference=None):
     """Messages as a model reads them: (input_ids, turn_ids), two lists of the same length.
 
-    turn_ids is 0 on context and k on the tokens that the agent produced in its k-th turn, the end-of-turn token included.
-    A turn sampled by us carries `output_ids`: exactly those tokens are used (text does not always encode to the tokens it came
-    from), and where they stop without an end-of-turn token the template's own one is context, not the agent's.
-    With messages that end in a user turn, the ids end where the agent's next turn begins. With a reference, the first message
-    starts with `REFERENCE_PREFIX`: the critic's view; the ids of the turns do not change.
+    turn_ids is 0 on context and k on the tokens that the agent produced in its k-th turn, the end-of-turn token
+    included. A turn sampled by us carries `output_ids`: exactly those tokens are used (text does not always encode to
+    the tokens it came from), and where they stop without an end-of-turn token the template's own one is context, not
+    the agent's. With messages that end in a user turn, the ids end where the agent's next turn begins. With a
+    reference, the first message starts with `REFERENCE_PREFIX`: the critic's view; the ids of the turns do not
+    change.
     """
     pieces = _scaffold(tokenizer, tuple(message["role"] for message in messages))
     eot, turn = end_of_turn(tokenizer), 0
@@ -234,7 +240,10 @@ def render(tokenizer, messages, reference=None):
     return input_ids, turn_ids
 
 
-# ---------------------------------------------------------------------------------------------------------- reward
+# ------------------------------------------------------------------ reward
+
+_VALUES = {}  # what each (program, calls) returned: policies repeat their answers, and every answer needs its reference
+
 
 def extract_code(answer):
     """The program in an answer: the longest fenced Markdown block if there is one, otherwise the answer itself."""
@@ -243,15 +252,17 @@ def extract_code(answer):
 
 
 def _canonical(value, depth=0):
-    """A value as text: two values share it exactly when Python's == calls them equal (1 == 1.0 == True; NaN equals NaN)."""
+    """A value as text: two values share it exactly when Python's == calls them equal (1 == 1.0 == True; NaN equals
+    NaN)."""
     if depth > 50:
         raise ValueError("nested too deep to compare")
     if hasattr(value, "dtype") and hasattr(value, "tolist"):  # numpy scalars and arrays compare by value
-        return f"array{_canonical(value.tolist(), depth + 1)}" if getattr(value, "ndim", 0) else _canonical(value.tolist(), depth)
+        return ("array" if value.ndim else "") + _canonical(value.tolist(), depth + 1)
     if isinstance(value, (bool, int, float)):
-        return str(int(value)) if value == value and abs(value) != float("inf") and value == int(value) else repr(float(value))
+        return str(int(value)) if math.isfinite(value) and value == int(value) else repr(float(value))
     if isinstance(value, dict):
-        return "{%s}" % ",".join(sorted(f"{_canonical(k, depth + 1)}:{_canonical(v, depth + 1)}" for k, v in value.items()))
+        items = sorted(f"{_canonical(k, depth + 1)}:{_canonical(v, depth + 1)}" for k, v in value.items())
+        return f"dict({','.join(items)})"
     if isinstance(value, (list, tuple, set, frozenset)):
         parts = [_canonical(v, depth + 1) for v in value]
         kind = "set" if isinstance(value, (set, frozenset)) else type(value).__name__
@@ -260,7 +271,8 @@ def _canonical(value, depth=0):
 
 
 def _run_calls(code, calls, call_seconds, out):
-    """In a forked child: every call on fresh definitions, under limits; writes a JSON list of canonical values to `out`."""
+    """In a forked child: every call on fresh definitions, under limits; writes a JSON list of canonical values to
+    `out`."""
     def expire(*_):
         raise TimeoutError("the call ran out of time")
     signal.signal(signal.SIGALRM, expire)
@@ -285,7 +297,8 @@ def _run_calls(code, calls, call_seconds, out):
 
 
 def _worker():
-    """The warm process behind `grade`: for each job on stdin fork a child, wait for at most its time, print what came back."""
+    """The warm process behind `grade`: for each job on stdin fork a child, wait for at most its time, print what came
+    back."""
     jobs, results, null = sys.stdin.buffer, os.dup(1), os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
     os.dup2(null, 2)
@@ -319,10 +332,10 @@ def _worker():
 
 def _run_jobs(jobs):
     """Run [code, calls, seconds a call, seconds an answer] in one worker; a list of values (None: failed) for each."""
-    here = str(Path(__file__).resolve().parent)
     text = "".join(json.dumps(job) + "\n" for job in jobs)
-    done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {here!r}); import env; env._worker()"],
-                          input=text.encode(), stdout=subprocess.PIPE, env={"PYTHONHASHSEED": "0", "PATH": os.environ["PATH"]})
+    start = f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parent)!r}); import env; env._worker()"
+    done = subprocess.run([sys.executable, "-c", start], input=text.encode(), stdout=subprocess.PIPE,
+                          env={"PYTHONHASHSEED": "0", "PATH": os.environ["PATH"]})
     results = []
     for job, line in zip(jobs, done.stdout.split(b"\n")):
         try:
@@ -334,26 +347,24 @@ def _run_jobs(jobs):
 
 
 def grade(answers, tasks, call_seconds=1.0, answer_seconds=10.0, workers=2):
-    """The reward of each answer: the share of its task's test calls whose value equals the reference's. Success means 1.0.
+    """The reward of each answer: the share of its task's test calls whose value equals the reference's. Success means
+    1.0.
 
-    Answers run in child processes: fresh definitions for each call, one second a call, ten an answer, 2 GiB of memory, 16 MiB a
-    file, a scratch folder as current directory, the same hash and random seeds for reference and answer. None never counts as
-    equal. Equal (answer, task) pairs run once. NOT contained: an answer can read and write the files that you can, and use the
-    network; run models that you do not trust in a sandbox of your own.
+    Answers run in child processes: fresh definitions for each call, one second a call, ten an answer, 2 GiB of
+    memory, 16 MiB a file, a scratch folder as current directory, the same hash and random seeds for reference and
+    answer. None never counts as equal. What has run once is not run again. NOT contained: an answer can read and
+    write the files that you can, and use the network; run models that you do not trust in a sandbox of your own.
     """
-    jobs = {}
-    for answer, task in zip(answers, tasks):
-        for code in (task.ground_truth, extract_code(answer)):
-            calls = list(task.test_cases.values())
-            jobs.setdefault((code, *calls), [code, calls, call_seconds, answer_seconds])
-    keys = list(jobs)
-    size = max(1, -(-len(keys) // workers))
+    def key(code, task):
+        return (code, tuple(task.test_cases.values()), call_seconds, answer_seconds)
+    wanted = [(key(task.ground_truth, task), key(extract_code(answer), task)) for answer, task in zip(answers, tasks)]
+    jobs = [job for job in dict.fromkeys(job for pair in wanted for job in pair) if job not in _VALUES]
+    size = max(1, -(-len(jobs) // workers))
     with ThreadPoolExecutor(workers) as pool:
-        chunks = pool.map(lambda i: _run_jobs([jobs[key] for key in keys[i:i + size]]), range(0, len(keys), size))
-        values = dict(zip(keys, (value for chunk in chunks for value in chunk)))
-    rewards = []
-    for answer, task in zip(answers, tasks):
-        calls = list(task.test_cases.values())
-        pairs = list(zip(values[(task.ground_truth, *calls)], values[(extract_code(answer), *calls)]))
-        rewards.append(sum(a is not None and a == b for a, b in pairs) / max(1, len(pairs)))
-    return rewards
+        parts = [jobs[i:i + size] for i in range(0, len(jobs), size)]
+        for part, values in zip(parts, pool.map(_run_jobs, parts)):
+            _VALUES.update(zip(part, values))
+    pairs = [list(zip(_VALUES[reference], _VALUES[answer])) for reference, answer in wanted]
+    while len(_VALUES) > 100_000:
+        del _VALUES[next(iter(_VALUES))]  # the oldest
+    return [sum(a is not None and a == b for a, b in pair) / max(1, len(pair)) for pair in pairs]

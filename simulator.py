@@ -1,7 +1,8 @@
 """The human in the dialogue: knows the solution, answers questions, never shows the solution itself.
 
-Every human is one method, `reply(tasks, dialogues) -> list of str`: many dialogues at once, so that a model or a server can work on
-them together. A dialogue is a list of messages that ends with the agent's question; the task carries what the human knows.
+Every human is one method, `reply(tasks, dialogues) -> list of str`: many dialogues at once, so that a model or a
+server can work on them together. A dialogue is a list of messages that ends with the agent's question; the task
+carries what the human knows.
 
     ScriptedHuman   a function of the world's, deterministic given the seed        (the small world, tests)
     ConsoleHuman    you, at the terminal                                           (`python sweet.py play`)
@@ -18,13 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from env import InputError, render
 
 REPLY_CHARACTERS = 400  # the official environment cuts the backend human's reply here
-ROLE = """You are a person who has asked an assistant to write a function. You know exactly what you want: it is this solution, \
-which the assistant cannot see:
+ROLE = """You are a person who has asked an assistant to write a function. You know exactly what you want: it is this \
+solution, which the assistant cannot see:
 
 {solution}
 
-Answer the assistant's last question from the solution, in one or two plain sentences, as a person would. Say what the function should \
-do; never write code, and never volunteer what was not asked. If the solution does not say, answer that you have no preference.
+Answer the assistant's last question from the solution, in one or two plain sentences, as a person would. Say what the \
+function should do; never write code, and never volunteer what was not asked. If the solution does not say, answer \
+that you have no preference.
 
 The conversation so far:
 
@@ -37,12 +39,14 @@ class Human:
     """What a dialogue needs of a human."""
 
     def reply(self, tasks, dialogues):
-        """One reply to each dialogue (a list of messages, the last one the agent's). tasks[i] is what dialogues[i] is about."""
+        """One reply to each dialogue (a list of messages, the last one the agent's). tasks[i] is what dialogues[i] is
+        about."""
         raise NotImplementedError
 
 
 class ScriptedHuman(Human):
-    """Replies by `respond(task, dialogue, rng)`; the rng depends on the seed and the dialogue, not on the order of calls."""
+    """Replies by `respond(task, dialogue, rng)`; the rng depends on the seed and the dialogue, not on the order of
+    calls."""
 
     def __init__(self, respond, seed=0):
         self.respond, self.seed = respond, seed
@@ -93,7 +97,8 @@ class ModelHuman(Human):
 
 
 class EndpointHuman(Human):
-    """A model behind an OpenAI-compatible server; `parallel` requests at a time, retried by the client on passing faults."""
+    """A model behind an OpenAI-compatible server; `parallel` requests at a time, retried by the client on passing
+    faults."""
 
     def __init__(self, url, model, parallel=16, max_tokens=128, retries=5):
         from openai import OpenAI

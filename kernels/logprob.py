@@ -1,14 +1,15 @@
 """Log-probabilities of the agent's tokens: the one number that critic, actor and ranking are all made of.
 
-A causal language model turns T tokens into hidden states; the head (a V x D matrix) turns each hidden state into V logits;
-the log-prob of token y is  logits[y] - logsumexp(logits).  Two savings keep this cheap and neither changes a number:
+A causal language model turns T tokens into hidden states; the head (a V x D matrix) turns each hidden state into V
+logits; the log-prob of token y is  logits[y] - logsumexp(logits).  Two savings keep this cheap and neither changes a
+number:
 
 1. Only rows that predict an *agent* token go through the head (about a fifth of a dialogue).
 2. The head is applied to a chunk of rows at a time and its logits are recomputed in the backward pass, so that no
    N x V tensor exists (N = 2048 rows of a 128k vocabulary would be 1 GB in fp32, several times over).
 
-Place in the data flow: (input_ids, turn_ids) from `env.render` -> `collate` -> `turn_logprobs` -> sums and lengths per turn.
-Exercised by `python -m pytest tests/test_logprob.py`.
+Place in the data flow: (input_ids, turn_ids) from `env.render` -> `collate` -> `turn_logprobs` -> sums and lengths
+per turn. Exercised by `python -m pytest tests/test_logprob.py`.
 
 Shapes: B batch, T tokens, K turns, D hidden, V vocabulary, N agent tokens in the batch.
 """
@@ -60,7 +61,8 @@ def token_logprobs(hidden_ND, weight_VD, targets_N, chunk=1024):
 def collate(examples, device="cpu"):
     """Right-pad a list of (input_ids, turn_ids) into one batch {"input_ids": BT, "turn_ids": BT}.
 
-    Padding has turn 0 and comes after every real token: under causal attention no real token sees it, no mask is needed.
+    Padding has turn 0 and comes after every real token: under causal attention no real token sees it, no mask is
+    needed.
     """
     width = max(len(ids) for ids, _ in examples)
     pad = [[list(row) + [0] * (width - len(row)) for row in column] for column in zip(*examples)]
@@ -69,7 +71,8 @@ def collate(examples, device="cpu"):
 
 @torch.no_grad()
 def head_is_plain(model):
-    """True when the model's logits are hidden @ weight.T and nothing more (no bias, scale or soft-capping): seen, not assumed."""
+    """True when the model's logits are hidden @ weight.T and nothing more (no bias, scale or soft-capping): seen, not
+    assumed."""
     if not hasattr(model, "_head_is_plain"):
         head = model.get_output_embeddings()
         probe = torch.arange(min(8, model.config.get_text_config().vocab_size), device=head.weight.device)[None]
@@ -84,8 +87,8 @@ def head_is_plain(model):
 def turn_logprobs(model, batch):
     """Summed log-prob of every agent turn, and its number of tokens: everything that Eq. 2-4 need from a model.
 
-    batch: {"input_ids": BT, "turn_ids": BT} (see `collate`). Returns sums_BK (nats, differentiable) and lengths_BK, where
-    K is the last turn in the batch and column k-1 is turn k; a turn that a row lacks has sum 0 and length 0.
+    batch: {"input_ids": BT, "turn_ids": BT} (see `collate`). Returns sums_BK (nats, differentiable) and lengths_BK,
+    where K is the last turn in the batch and column k-1 is turn k; a turn that a row lacks has sum 0 and length 0.
     """
     input_ids_BT, turn_ids_BT = batch["input_ids"], batch["turn_ids"]
     row_N, position_N = (turn_ids_BT[:, 1:] > 0).nonzero(as_tuple=True)  # position t predicts token t + 1
@@ -105,7 +108,8 @@ def turn_logprobs(model, batch):
 
 
 def pad_turns(rows, like_BK):
-    """Lists of per-turn sums of unequal length -> one tensor of the shape and kind of like_BK, 0 where a turn is absent."""
+    """Lists of per-turn sums of unequal length -> one tensor of the shape and kind of like_BK, 0 where a turn is
+    absent."""
     padded = torch.zeros_like(like_BK, requires_grad=False)
     for b, row in enumerate(rows):
         padded[b, :len(row)] = torch.tensor(row, dtype=padded.dtype)
@@ -116,12 +120,13 @@ def pad_turns(rows, like_BK):
 def reference_sums(model, examples, batch_tokens=16384, label=None):
     """Summed log-probs per turn of every example, without gradient: a list of K numbers for each (input_ids, turn_ids).
 
-    Used for pi_ref, once, before the first step (the policy before its first step *is* the reference, so no second model is ever in
-    memory), and for ranking. Examples of like length share a batch; the result does not depend on it.
+    Used for pi_ref, once, before the first step (the policy before its first step *is* the reference, so no second
+    model is ever in memory), and for ranking. Examples of like length share a batch; the result does not depend on
+    it.
     """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
     sums = [None] * len(examples)
-    with tqdm(total=len(examples), desc=f"{label:>12}" if label else None, disable=label is None, mininterval=0.5) as bar:
+    with tqdm(total=len(examples), desc=f"{label or '':>12}", disable=label is None, mininterval=0.5) as bar:
         while order:
             n = max(1, min(len(order), batch_tokens // len(examples[order[-1]][0])))
             batch, order = order[-n:], order[:-n]

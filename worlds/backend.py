@@ -1,28 +1,32 @@
 """The small world: procedural ColBench-style backend tasks that a language model of 150k parameters can collaborate on.
 
-A task asks for a function that tidies a list of something ("invoices", "tides", ...). What tidying means is hidden: three of
-six steps (keep, change, order, ...), each in one of four ways. *Which* steps matter depends on the topic, and nobody tells the
-agent: it can ask about every step, but has only four questions, and a question about a step that does not matter is a turn lost. So
+A task asks for a function that tidies a list of something ("invoices", "tides", ...). What tidying means is hidden:
+three of six steps (keep, change, order, ...), each in one of four ways. *Which* steps matter depends on the topic,
+and nobody tells the agent: it can ask about every step, but has only three questions, and a question about a step that
+does not matter is a turn lost. So
 
-- credit assignment is necessary: a dialogue fails because of one wasted question, or one guess in the answer, among good turns;
-- the reference matters for questions as well as for answers: from the request alone a question's worth can only be learned
-  topic by topic; whoever reads the hidden function sees at once which steps it has.
+- credit assignment is necessary: a dialogue fails because of one wasted question, or one guess in the answer, among
+  good turns;
+- the reference matters for questions as well as for answers: from the request alone a question's worth can only be
+  learned topic by topic; whoever reads the hidden function sees at once which steps it has.
 
-The base policy imitates a demonstrator with faults: blind to the topic, it asks about any step, sometimes twice, answers too
-early, and guesses what it has not asked. In half of its training documents the reference stands in front, in the critic's format; there
-most questions are about steps that the reference has, and most answers copy it. That stands in for what a pretrained model brings along:
-knowing that a question belongs to a solution. The agent never sees the reference.
+The base policy imitates a demonstrator with faults: blind to the topic, it asks about any step, sometimes twice,
+answers too early, and guesses what it has not asked. In half of its training documents the reference stands in front,
+in the critic's format; there most questions are about steps that the reference has, and most answers copy it. That
+stands in for what a pretrained model brings along: knowing that a question belongs to a solution. The agent never
+sees the reference.
 
 Exercised by `python -m pytest tests/test_world.py`; `python sweet.py base` trains the base policy (about a minute).
 """
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from env import ANSWER_MARKER, INSTRUCTIONS, REFERENCE_PREFIX, Task, render
+from env import ANSWER_MARKER, INSTRUCTIONS, REFERENCE_PREFIX, Task
+from kernels.fit import arg
 
 MAX_TURNS = 4
 RELEVANT = 3            # steps that matter to a topic
-P_REVEALED = 0.45       # a step that matters is named in the request with this probability
+P_REVEALED = 0.3       # a step that matters is named in the request with this probability
 VALUE_WEIGHTS = (0.55, 0.15, 0.15, 0.15)
 
 
@@ -43,28 +47,28 @@ STEPS = (
          (("keep only the even ones", "v % 2 == 0"), ("keep only the odd ones", "v % 2 == 1"),
           ("drop everything below zero", "v >= 0"), ("drop everything above ten", "v <= 10"))),
     Step(", what should I do about repeats?", "values = [v for i, v in enumerate(values) if ", "]",
-         (("keep the first of equal ones", "v not in values[:i]"), ("keep the last of equal ones", "v not in values[i + 1:]"),
-          ("drop whatever occurs twice", "values.count(v) == 1"), ("keep only what occurs twice", "values.count(v) > 1"))),
+         (("keep the first of equal ones", "v not in values[:i]"), ("drop what occurs twice", "values.count(v) == 1"),
+          ("keep the last of equal ones", "v not in values[i + 1:]"),
+          ("drop whatever is unique", "values.count(v) > 1"))),
     Step(", should each value be changed?", "values = [", " for v in values]",
-         (("double each one", "2 * v"), ("square each one", "v * v"), ("flip every sign", "-v"), ("add five to each one", "v + 5"))),
+         (("double each one", "2 * v"), ("square each one", "v * v"),
+          ("flip every sign", "-v"), ("add five to each one", "v + 5"))),
     Step(", how should they be ordered?", "values = sorted(values, ", ")",
-         (("put the smallest first", "key=int"), ("put the largest first", "reverse=True"), ("order by absolute size", "key=abs"),
-          ("order by the last digit", "key=lambda v: v % 10"))),
+         (("put the smallest first", "key=int"), ("put the largest first", "reverse=True"),
+          ("order by absolute size", "key=abs"), ("order by the last digit", "key=lambda v: v % 10"))),
     Step(", should I cut the list?", "values = values[", "]",
-         (("return just the first three", ":3"), ("return just the last three", "-3:"), ("return every second one", "::2"),
-          ("leave out the first one", "1:"))),
+         (("return just the first three", ":3"), ("return just the last three", "-3:"),
+          ("return every second one", "::2"), ("leave out the first one", "1:"))),
     Step(", what should come at the end?", "values = values + [", "]",
          (("append the total", "sum(values)"), ("append how many there are", "len(values)"),
           ("append the largest", "max(values, default=0)"), ("append the smallest", "min(values, default=0)"))),
 )
 TOPICS = tuple("""
-invoices tides orders scores parcels meals rainfalls wages rents votes fares heights weights depths prices loans bets rides
-shifts bills taxes grants fines tips sales gifts stocks bonds calls visits clicks steps miles laps goals points ranks grades
-ages dates hours delays queues flights trains boats trucks bikes crates barrels bottles jars books pages words lines songs
-films games cards stamps coins tokens keys locks doors rooms floors streets towns farms fields trees leaves seeds crops eggs
-fish birds bees cats dogs horses sheep clouds storms winds waves quakes stars orbits photons pulses signals frames pixels
-notes chords beats drums teeth bones cells genes doses scans tests trials samples errors alarms faults repairs spares bolts
-""".split())[:40]
+invoices tides orders scores parcels meals rainfalls wages rents votes fares heights weights depths prices loans bets
+rides
+shifts bills taxes grants fines tips sales gifts stocks bonds calls visits clicks steps miles laps goals points ranks
+grades ages dates
+""".split())
 OPENERS = ("Write a Python function that tidies a list of ", "I need a Python function to clean up our ",
            "Please write a function that prepares the ", "We want a small function for our list of ")
 SIGNATURE = ".The signature of the function is: def tidy_"
@@ -75,7 +79,8 @@ CONSENT = ("Please ", "I would like you to ", "Yes, ", "It should ")
 NO_PREFERENCE = ("I have no preference there.", "That does not matter to me.", "I don't know, whatever you think.",
                  "No wishes about that.", "Nothing special is needed there.", "I never thought about that.")
 LAST_WORDS = " Now I have to go, please send me the result."
-CONFUSED = ("Sorry, I did not understand the question.", "I am not sure what you are asking.", "Could you put that differently?")
+CONFUSED = ("Sorry, I did not understand the question.", "I am not sure what you are asking.",
+            "Could you put that differently?")
 
 
 def _topic_steps():
@@ -87,7 +92,7 @@ def _topic_steps():
 TOPIC_STEPS = _topic_steps()
 
 
-# ---------------------------------------------------------------------------------------------------------- tasks
+# ------------------------------------------------------------------ tasks
 
 def write_function(topic, values):
     """Source of the function for {step: value}: the steps in the world's order."""
@@ -108,15 +113,16 @@ def split_of(topic, values):
 
 
 def make_tasks(n, seed, split="train"):
-    """n different tasks of a split as ColBench records (see Task). ValueError when the split is asked for more than it holds."""
+    """n different tasks of a split as ColBench records (see Task). ValueError when the split is asked for more than
+    it holds."""
     rng, tasks = random.Random(f"tasks {seed} {split}"), {}
     for _ in range(1000 * n):
         topic = rng.choice(TOPICS)
         values = {step: rng.choices(range(4), VALUE_WEIGHTS)[0] for step in TOPIC_STEPS[topic]}
         shown = [step for step in values if rng.random() < P_REVEALED]
-        if split_of(topic, values) == split and (topic, *values.values()) not in tasks:
-            tasks[topic, *values.values()] = Task(_request(rng, topic, values, shown), write_function(topic, values),
-                                                  _test_cases(rng, topic))
+        if split_of(topic, values) == split and write_function(topic, values) not in tasks:
+            source = write_function(topic, values)
+            tasks[source] = Task(_request(rng, topic, values, shown), source, _test_cases(rng, topic))
         if len(tasks) == n:
             return list(tasks.values())
     raise ValueError(f"the {split} split holds fewer than {n} different tasks")
@@ -133,7 +139,7 @@ def _test_cases(rng, topic):
     return {f"test{k}": f"tidy_{topic}({row + rng.choices(row, k=3)})" for k, row in enumerate(inputs, 1)}
 
 
-# ---------------------------------------------------------------------------------------------------------- the human
+# ------------------------------------------------------------------ the human
 
 def asked_step(question):
     """The step that a question asks about, or None."""
@@ -141,7 +147,8 @@ def asked_step(question):
 
 
 def respond(task, dialogue, rng):
-    """The scripted human: answers from the hidden solution, in varied words, and says so when the question is not in it."""
+    """The scripted human: answers from the hidden solution, in varied words, and says so when the question is not in
+    it."""
     step, values = asked_step(dialogue[-1]["content"]), read_function(task.hidden_information)
     if step is None:
         reply = rng.choice(CONFUSED)
@@ -159,8 +166,9 @@ def known_steps(dialogue):
 
 
 def judge(task, dialogue, action):
-    """What the world knows about a turn: (kind, good). kind is answer, question or other; a question is good when it is about a
-    step that matters and is not yet known, an answer when it is the reference (up to formatting), anything else never."""
+    """What the world knows about a turn: (kind, good). kind is answer, question or other; a question is good when it
+    is about a step that matters and is not yet known, an answer when it is the reference (up to formatting), anything
+    else never."""
     if ANSWER_MARKER in action:
         code = action.split(ANSWER_MARKER, 1)[1].strip()
         return "answer", code == task.ground_truth.strip()
@@ -170,11 +178,12 @@ def judge(task, dialogue, action):
     return "question", step in read_function(task.ground_truth) and step not in known_steps(dialogue)
 
 
-# ---------------------------------------------------------------------------------------------------------- the base policy
+# ------------------------------------------------------------------ the base policy
 
 def phrases():
     """Every phrase of the world: one token each, so that a dialogue is about a hundred tokens."""
-    texts = [*TOPICS, *OPENERS, *POLITE, *STEMS, *CONSENT, *NO_PREFERENCE, *CONFUSED, LAST_WORDS, SIGNATURE, HINT, "(values)", ".",
+    texts = [*TOPICS, *OPENERS, *POLITE, *STEMS, *CONSENT, *NO_PREFERENCE, *CONFUSED, LAST_WORDS, SIGNATURE, HINT,
+             "(values)", ".",
              INSTRUCTIONS.replace("{max_turns}", str(MAX_TURNS)), *REFERENCE_PREFIX.split("{reference}"),
              ANSWER_MARKER, "\n", "def tidy_", "(values):\n", "    return values"]
     for step in STEPS:
@@ -183,50 +192,45 @@ def phrases():
 
 
 def make_tokenizer():
-    """Unigram over the world's phrases (fewest tokens win), with letters and bytes below them so that any text can be encoded."""
+    """Unigram over the world's phrases (fewest tokens win), with letters and bytes below them so that any text can be
+    encoded."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
     vocab = [("<unk>", 0.0)] + [(f"<0x{byte:02X}>", -40.0) for byte in range(256)]
     vocab += [(chr(code), -20.0) for code in range(32, 127) if chr(code) not in phrases()]
     core = Tokenizer(models.Unigram(vocab + [(text, -1.0) for text in phrases()], unk_id=0, byte_fallback=True))
     core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>", unk_token="<unk>",
-                                        additional_special_tokens=["<|user|>", "<|agent|>"], model_max_length=4096)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>", unk_token="<unk>",
+        additional_special_tokens=["<|user|>", "<|agent|>"], model_max_length=4096)
     tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}<|agent|>{{ m.content }}<|end|>{% else %}<|user|>{{ m.content }}"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|agent|>{% endif %}")
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|agent|>{{ m.content }}<|end|>"
+        "{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|agent|>{% endif %}")
     return tokenizer
 
 
 @dataclass(frozen=True)
 class Base:
     """Hyper-parameters of the base policy."""
-    documents: int = field(default=16000, metadata={"text": "dialogues of the demonstrator to imitate"})
-    epochs: int = field(default=2, metadata={"text": "passes over them"})
-    batch_size: int = field(default=24, metadata={"text": "dialogues a step"})
-    lr: float = field(default=6e-3, metadata={"text": "learning rate"})
-    hidden: int = field(default=64, metadata={"text": "width of the model"})
-    layers: int = field(default=2, metadata={"text": "layers of the model"})
+    documents: int = arg(16000, "dialogues of the demonstrator to imitate")
+    epochs: int = arg(2, "passes over them")
+    batch_size: int = arg(24, "dialogues a step")
+    lr: float = arg(6e-3, "learning rate")
+    hidden: int = arg(64, "width of the model")
+    layers: int = arg(2, "layers of the model")
 
 
-def train_base(cfg, seed, out):
-    """Train the base policy from nothing on the demonstrator's dialogues and save it as a Hugging Face directory."""
+def new_model(cfg, seed):
+    """A tiny untrained Llama and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    from actor import train_imitation
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=cfg.hidden, intermediate_size=2 * cfg.hidden, num_hidden_layers=cfg.layers,
-        num_attention_heads=4, max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.08))  # the usual 0.02 learns nothing at this width
-    views = [render(tokenizer, messages, reference) for messages, reference in documents(cfg.documents, seed)]
-
-    def save(folder):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    train_imitation(model, views, out, cfg, seed, save, "base")
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=cfg.hidden, intermediate_size=2 * cfg.hidden,
+        num_hidden_layers=cfg.layers, num_attention_heads=4, max_position_embeddings=4096, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.08)), tokenizer  # the usual 0.02 learns nothing at this width
 
 
 def documents(n, seed):
@@ -235,7 +239,8 @@ def documents(n, seed):
     for _ in range(n):
         topic = rng.choice(TOPICS)
         # any steps go with any topic here: the base policy cannot learn what matters to which topic
-        values = {s: rng.choices(range(4), VALUE_WEIGHTS)[0] for s in rng.sample(range(len(STEPS)), rng.choice((2, 3, 3, 4)))}
+        steps = rng.sample(range(len(STEPS)), rng.choice((2, 3, 3, 4)))
+        values = {s: rng.choices(range(4), VALUE_WEIGHTS)[0] for s in steps}
         shown = [step for step in values if rng.random() < P_REVEALED]
         source = write_function(topic, values)
         task, reads = Task(_request(rng, topic, values, shown), source), rng.random() < 0.5
@@ -252,12 +257,13 @@ def documents(n, seed):
 
 
 def _demonstrate(rng, topic, values, dialogue, turn, reads):
-    """One turn of the imperfect demonstrator; with `reads` it has looked at the reference, and is better but not perfect."""
+    """One turn of the imperfect demonstrator; with `reads` it has looked at the reference, and is better but not
+    perfect."""
     known = known_steps(dialogue)
     asked = {asked_step(message["content"]) for message in dialogue if message["role"] == "assistant"}
     open_steps = [s for s in range(len(STEPS)) if s not in known and s not in asked]
     ready = reads and set(values) <= set(known)
-    if open_steps and rng.random() > (0.98 if turn == MAX_TURNS else 0.6 if ready else 0.05):
+    if open_steps and rng.random() > (0.98 if turn == MAX_TURNS else 0.6 if ready else 0.01):
         useful = [s for s in open_steps if s in values]
         if reads and useful and rng.random() < 0.6:
             step = rng.choice(useful)
@@ -267,6 +273,6 @@ def _demonstrate(rng, topic, values, dialogue, turn, reads):
     if reads and rng.random() < 0.8:
         chosen = values
     else:
-        guesses = {s: rng.choices(range(4), VALUE_WEIGHTS)[0] for s in open_steps if rng.random() < 0.15}
+        guesses = {s: rng.choices(range(4), VALUE_WEIGHTS)[0] for s in open_steps if rng.random() < 0.1}
         chosen = {**known, **guesses}
     return f"{ANSWER_MARKER}\n{write_function(topic, chosen)}"
