@@ -26,7 +26,7 @@ from kernels.fit import arg
 
 MAX_TURNS = 4
 RELEVANT = 3            # steps that matter to a topic
-P_REVEALED = 0.3       # a step that matters is named in the request with this probability
+P_REVEALED = 0.35      # a step that matters is named in the request with this probability
 VALUE_WEIGHTS = (0.55, 0.15, 0.15, 0.15)
 
 
