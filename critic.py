@@ -80,7 +80,8 @@ def trajectory_pairs(trajectories, per_task, margin, rng):
     """
     by_task, pairs = {}, []
     for trajectory in trajectories:
-        by_task.setdefault(trajectory["task"]["problem_description"], []).append(trajectory)
+        task = trajectory["task"]  # two tasks may share their request and differ in what is hidden
+        by_task.setdefault((task["problem_description"], task["ground_truth"]), []).append(trajectory)
     for group in by_task.values():
         found = [(a, b) for a in group for b in group if (
             a["reward"] - b["reward"] >= margin if margin else a["reward"] == 1.0 > b["reward"])]

@@ -26,20 +26,10 @@ import numpy as np
 from env import ANSWER_MARKER, InputError, Task, grade, read_jsonl
 
 PAPER = {"base": 22.4, "RFT": 28.2, "multi-turn DPO": 34.4, "SWEET": 40.4, "SWEET without c": 31.2}  # Tables 2 and 3
-SWEET = ("rollout", "critic", "samples", "candidates", "pairs", "actor")
-STAGES = {  # what each method costs after the base policy; "without c" has a critic, candidates, pairs, actor of its own
-    "base": (),
-    "RFT": ("rollout", "rft"),
-    "multi-turn DPO": ("rollout", "multiturn"),
-    "SWEET": SWEET,
-    "SWEET without c": SWEET,
-}
-FOLDERS = {"with c": "", "without c": "no-reference"}  # under a run
-CREDIT = {  # column: where credit.json has it
-    "AUC of questions": ("question", "auc", "states"),
-    "AUC of answers": ("answer", "auc", "states"),
-    "agrees with Monte Carlo": ("monte_carlo", "accuracy", "pairs"),
-}
+SWEET = "rollout critic samples candidates pairs actor"  # the stages that a method needs after the base policy
+STAGES = dict(zip(PAPER, ("", "rollout rft", "rollout multiturn", SWEET, SWEET)))
+FOLDERS = {"with c": "", "without c": "no-reference"}  # under a run; without c, what follows the critic is its own
+CREDIT = (("question", "auc", "states"), ("answer", "auc", "states"), ("monte_carlo", "accuracy", "pairs"))
 
 
 def read_json(path, default=None):
@@ -51,7 +41,7 @@ def read_json(path, default=None):
 
 
 def evaluations(root):
-    """The evaluated dialogues of a run: {(method, top_p): records in the order of the tasks}, the same tasks in each."""
+    """The evaluated dialogues of a run: {(method, top_p): records in the order of the tasks}, which all share."""
     found = {}
     for file in (root / folder / "eval.jsonl" for folder in FOLDERS.values()):
         for _, record in read_jsonl(file, ("method", "top_p", "task", "reward")) if file.exists() else ():
@@ -81,7 +71,7 @@ def interval(means_R):
 
 
 def summarise(runs):
-    """{(method, top_p): array of 1 + R rows (success %, tests passed %, turns)}, and the number of tasks of each run.
+    """{(method, top_p): 1 + R rows (success %, tests passed %, turns)}, and the number of tasks of each run.
 
     Runs without an evaluation are left out; a method counts when all others have it.
     """
@@ -98,11 +88,9 @@ def summarise(runs):
 
 def seconds_of(root, method):
     """Seconds of all stages that a method needs, NaN where one was not timed."""
-    spent = read_json(root / "seconds.json", {})
-    if method == "SWEET without c":
-        own = read_json(root / "no-reference" / "seconds.json", {})
-        spent = own | {name: spent[name] for name in ("rollout", "samples") if name in spent}
-    return sum(spent.get(stage, np.nan) for stage in STAGES[method])
+    spent = [read_json(root / folder / "seconds.json", {}) for folder in FOLDERS.values()]
+    own = set(SWEET.split()) - {"rollout", "samples"} if method == "SWEET without c" else ()
+    return sum(spent[stage in own].get(stage, np.nan) for stage in STAGES[method].split())
 
 
 def decoding(top_p):
@@ -121,25 +109,22 @@ def results_tables(runs):
         _, passed, turns = means[method, ways[-1]][0]
         seconds = np.mean([seconds_of(root, method) for root in runs])
         rows.append([method, *cells, f"{passed:.1f}", f"{turns:.2f}", f"{seconds:.0f}", f"{PAPER[method]}"])
-    better = [m for m in ("RFT", "multi-turn DPO") if m in methods]
-    for label in methods + ["better baseline"] * (len(better) == 2) if "SWEET" in methods else []:
-        others = [max(better, key=lambda m: means[m, p][0, 0]) if label not in methods else label for p in ways]
-        gaps = [interval((means["SWEET", p] - means[m, p])[:, 0]) for m, p in zip(others, ways)]
-        named = [f" ({m})" * (label not in methods) for m in others]
-        lead.append([f"SWEET - {label}", *("{:+.1f} [{:+.1f}, {:+.1f}]".format(*g) + m for g, m in zip(gaps, named))])
-    over = "tasks alone, as there is one seed" if len(sizes) == 1 else "seeds, and tasks within seeds"
+    baselines = [m for m in ("RFT", "multi-turn DPO") if m in methods]
+    others = {f"SWEET - {m}": [m] for m in methods if m != "SWEET"} | {"SWEET - better baseline": baselines}
+    for label, choice in others.items() if "SWEET" in methods and baselines else ():
+        best = [max(choice, key=lambda m: means[m, p][0, 0]) for p in ways]
+        gaps = [interval((means["SWEET", p] - means[m, p])[:, 0]) for m, p in zip(best, ways)]
+        named = [f" ({m})" * (len(choice) > 1) for m in best]
+        lead.append([label, *("{:+.1f} [{:+.1f}, {:+.1f}]".format(*gap) + name for gap, name in zip(gaps, named))])
+    over = "tasks only, there being one seed" if len(sizes) == 1 else "seeds and their tasks"
     base = np.mean([read_json(root / "seconds.json", {}).get("base", 0) for root in runs])
     caption = (
-        f"n = {' + '.join(map(str, sizes))} held-out tasks, seeds: {len(sizes)}. Brackets: 95 % intervals, bootstrap over "
-        f"{over}. Tests and turns: at {decoding(ways[-1])}. Seconds: of all stages that the method needs, mean over seeds; "
-        f"training the base policy took {base:.0f} more."
+        f"n = {' + '.join(map(str, sizes))} held-out tasks, seeds: {len(sizes)}. Brackets: 95 % intervals, bootstrap "
+        f"over {over}. Tests, turns: {decoding(ways[-1])}. Seconds: all stages after the base policy ({base:.0f})."
     )
-    header = [*(f"success %, {decoding(p)}" for p in ways), "tests passed %", "turns", "seconds"]
-    paired = "Points of success, paired: both methods on the same redrawn seeds and tasks."
-    lead = [row for row in lead if row[0] != "SWEET - SWEET"]
-    return [(caption, ["method", *header, "paper (8B, real ColBench)"], rows)] + [
-        (paired, ["difference", *map(decoding, ways)], lead)
-    ] * bool(lead)
+    header = ["method", *(f"success %, {decoding(p)}" for p in ways), "tests passed %", "turns", "seconds"]
+    gaps = ("Points of success, on the same redrawn seeds and tasks.", ["difference", *map(decoding, ways)], lead)
+    return [(caption, [*header, "paper (8B, real ColBench)"], rows)] + [gaps] * bool(lead)
 
 
 def credit_tables(runs):
@@ -147,18 +132,18 @@ def credit_tables(runs):
     rows = []
     for label, folder in FOLDERS.items():
         found, cells = [c for root in runs if (c := read_json(root / folder / "credit.json"))], []
-        for kind, value, count in CREDIT.values():
+        for kind, value, count in CREDIT:
             scores = [c[kind][value] for c in found if c.get(kind, {}).get(value) is not None]
             total = f"{sum(c.get(kind, {}).get(count, 0) for c in found)} {count}"
             spread = f"{min(scores):.2f} to {max(scores):.2f}, " if len(scores) > 1 else ""
             cells.append(f"{np.mean(scores):.2f} ({spread}{total})" if scores else "-")
         rows += [[f"critic {label}", *cells]] * bool(found)
     caption = (
-        "On held-out tasks. AUC: how often a useful question (a right answer) has a larger advantage than a useless (wrong) "
-        "one in the same state. Monte Carlo: how often, of two turns, the one with the larger advantage leads to success "
-        "more often, found by playing on. 0.5 is guessing, 1 is perfect."
+        "AUC: how often a useful question (a right answer) has a larger advantage than a useless (wrong) one there; "
+        "Monte Carlo: how often a turn has that leads to success more often than another. 0.5: guessing, 1: perfect."
     )
-    return [(caption, ["credit", *CREDIT], rows)] if rows else []
+    header = ["credit, held-out tasks", "AUC, questions", "AUC, answers", "agrees with Monte Carlo"]
+    return [(caption, header, rows)] if rows else []
 
 
 def results_table(runs):
@@ -175,7 +160,7 @@ def html_tables(tables):
     text = ""
     for caption, header, rows in tables:
         cells = ["".join(f"<td>{escape(cell)}" for cell in row) for row in [header, *rows]]
-        text += f"<div class=scroll><table><tr>{'<tr>'.join(cells)}</table></div><p>{escape(caption)}</p>"
+        text += f"<table><tr>{'<tr>'.join(cells)}</table><p>{escape(caption)}</p>"
     return text
 
 
@@ -195,55 +180,26 @@ def smooth(values):
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def chart(title, lines, start=0):
-    """Inline SVG of {name: one value a step}: a strong running mean over the faint values; tooltips give both.
-
-    Curves of unequal length share an axis in percent. start: the step before the first value.
-    """
+def chart(title, lines):
+    """Inline SVG of {name: one value a step}: a strong running mean over the faint values; tooltips give both."""
     low, high = np.percentile(np.concatenate([*lines.values()]), (1, 99)) + (-1e-3, 1e-3)
-    longest = max(map(len, lines.values()))
-    percent = longest != min(map(len, lines.values()))
 
     def xy(share, value):
         return f"{44 + 300 * share:.1f}", f"{186 - 166 * (np.clip(value, low, high) - low) / (high - low):.1f}"
 
-    svg = [
-        f"<path d='M44 {xy(0, t)[1]}h300'/><text x=38 y={xy(0, t)[1]} class=end>{t:g}</text>" for t in ticks(low, high)
-    ]
-    for t in ticks(0, 100 if percent else longest):
-        svg.append(f"<text x={xy(t / (100 if percent else longest), 0)[0]} y=204>{t + start:g}</text>")
-    svg.append(f"<text x=344 y=222 class=end>{'% of training' if percent else 'step'}</text>")
+    marks = [(t, xy(0, t)[1]) for t in ticks(low, high)]
+    svg = [f"<path d='M44 {y}h300'/><text x=38 y={y} dy=4 class=end>{t:g}</text>" for t, y in marks]
+    svg += [f"<text x={44 + 3 * t} y=204>{t}</text>" for t in (0, 25, 50, 75)] + ["<text x=344 y=204>100 %</text>"]
     for k, (name, values) in enumerate(lines.items()):
         n, calm = len(values), smooth(values)
         for css, curve in (("raw", values), ("", calm)):
             points = " ".join(",".join(xy(i / n, curve[i])) for i in range(0, n, max(1, n // 300)))
             svg.append(f"<polyline class='k{k} {css}' points='{points}'/>")
         for i in range(0, n, max(1, n // 24)):
-            (x, y), tip = xy(i / n, calm[i]), f"{name}, step {i + 1 + start}: {calm[i]:.3g} (raw {values[i]:.3g})"
-            svg.append(f"<circle cx={x} cy={y} r=6><title>{escape(tip)}</title></circle>")
-    key = "".join(f"<i class=k{k}>{escape(name)}</i>" for k, name in enumerate(lines)) if len(lines) > 1 else ""
-    return f"<figure>{escape(title)} {key}<svg viewBox='0 0 352 228'>{''.join(svg)}</svg></figure>"
-
-
-def whiskers(means):
-    """Inline SVG: each method's success at the last way of decoding, a dot on its interval."""
-    last, svg = min(p for _, p in means), []
-    rows = {method: interval(column[:, 0]) for (method, p), column in means.items() if p == last}
-    for t in (0, 25, 50, 75, 100):
-        svg.append(
-            f"<path d='M{130 + 3 * t} 4V{26 * len(rows)}'/><text x={130 + 3 * t} y={26 * len(rows) + 16}>{t}</text>"
-        )
-    for i, (method, (mean, low, high)) in enumerate(rows.items()):
-        tip = f"<title>{method}: {mean:.1f} [{low:.1f}, {high:.1f}]</title>"
-        svg.append(
-            f"<g class={'own' if method == 'SWEET' else 'other'}><text x=120 y={26 * i + 16} class=end>{method}</text><path "
-            f"d='M{130 + 3 * low:.1f} {26 * i + 16}H{130 + 3 * high:.1f}'/><circle cx={130 + 3 * mean:.1f} cy={26 * i + 16} r=5>"
-            f"{tip}</circle></g>"
-        )
-    caption = (
-        f"Success in % at {decoding(last)} with 95 % intervals. Where they overlap, read the paired differences below."
-    )
-    return f"<svg class=wide viewBox='0 0 450 {26 * len(rows) + 20}'>{''.join(svg)}</svg><p>{caption}</p>"
+            (x, y), tip = xy(i / n, calm[i]), f"{name}, step {i + 1} of {n}: {calm[i]:.3g} (raw {values[i]:.3g})"
+            svg.append(f"<circle cx={x} cy={y} r=6><title>{tip}</title></circle>")
+    key = "".join(f"<i class=k{k}>{name}</i>" for k, name in enumerate(lines)) if len(lines) > 1 else ""
+    return f"<figure>{title}<br>{key}<svg viewBox='0 0 352 212'>{''.join(svg)}</svg></figure>"
 
 
 # ------------------------------------------------------------------ sections of the page
@@ -253,40 +209,26 @@ def absent(file, stage):
     return f"<p>{file} is not there: <code>python sweet.py {stage}</code> makes it.</p>"
 
 
-def results(root):
-    means, _ = summarise([root])
-    return whiskers(means) + html_tables(results_tables([root])) if means else absent("eval.jsonl", "eval")
-
-
-def credit(root):
-    return html_tables(credit_tables([root])) or absent("credit.json", "credit")
-
-
 def training(root):
     """The training curves, and the critic's margin by kind of turn; a line for each stage that was not run."""
     logs = {name: read_json(root / name / "log.json") for name in ("critic", "actor", "multiturn", "rft", "base")}
     gone = "".join(absent(f"{name}/log.json", name) for name, log in logs.items() if not log)
-    logs = {name: log for name, log in logs.items() if log}
-    figures = [chart(f"{name}: loss", {name: np.array([row["loss"] for row in log])}) for name, log in logs.items()]
-    order = {name: np.array([r["accuracy"] for r in log]) for name, log in logs.items() if "accuracy" in log[0]}
-    figures += [chart("pairs in the right order", order)] if order else []
-    text = (
-        f"<div class=charts>{''.join(figures)}</div>{gone}<p>Faint: each step; strong: running mean; point at a curve for its "
-        "values. A preference loss starts at log 2 = 0.69, a coin toss (plus the likelihood term of a stage that has one), "
-        "and falls as chosen and rejected come apart.</p>"
-    )
-    if "critic" not in logs:
-        return text
-    whole, last = (np.array([row[name] for row in logs["critic"]]) for name in ("margin", "margin_answers"))
-    share = 100 * np.clip(smooth(last) / np.maximum(smooth(whole), 1e-9), 0, 1)
-    start = int(np.argmax(smooth(whole) > 0.05 * smooth(whole).max()))  # before that the share is noise
-    figures = chart("critic's margin, nats a token", {"answer turn": last, "earlier turns": whole - last})
-    figures += chart("answer turn's share of it, %", {"share": share[start:]}, start)
-    return text + (
-        f"<div class=charts>{figures}</div><p>The margin is by how much the advantages of the better dialogue exceed those of "
-        f"the worse; {share[-len(share) // 4 :].mean():.0f} % of it came from the last turn in the last quarter of training. "
-        "Where that nears 100 %, the critic knows right answers and has nothing left to say about questions.</p>"
-    )
+    logs = {n: {k: np.nan_to_num([r[k] for r in log], posinf=0) for k in log[0]} for n, log in logs.items() if log}
+    figures = [chart(f"{name}: loss, {len(log['loss'])} steps", {name: log["loss"]}) for name, log in logs.items()]
+    order = {name: log["accuracy"] for name, log in logs.items() if "accuracy" in log}
+    figures += [chart("share of pairs in the right order", order)] if order else []
+    text = f"""<div class=charts>{"".join(figures)}</div>{gone}<p>Across: % of training. Faint: each step; strong:
+        running mean; point at a curve for its values. A preference loss starts at log 2 = 0.69, a coin toss (plus a
+        likelihood term where a stage has one), and falls as chosen and rejected come apart.</p>"""
+    if "critic" in logs:
+        whole, last = logs["critic"]["margin"], logs["critic"]["margin_answers"]
+        parts = zip(*(np.array_split(values, 4) for values in (last, whole)))
+        shares = ", ".join(f"{100 * a.sum() / b.sum():.0f}" if b.sum() > 0 else "?" for a, b in parts)
+        figure = chart("critic's margin, nats a token", {"answer turn": last, "earlier turns": whole - last})
+        text += f"""<div class=charts>{figure}</div><p>How far the better dialogue's advantages exceed the worse one's.
+            The answer turn's share of it in the four quarters of training: {shares} %. Near 100 %, the critic only
+            knows right answers, and has nothing to say about questions.</p>"""
+    return text
 
 
 # ------------------------------------------------------------------ dialogues
@@ -352,12 +294,10 @@ def show(record, advantages, scale):
         turns.append(f"<div{style}>{number}<i>{who}</i>{text}</div>")
     tests = tests_of(record)
     calls = "".join(f"<li>{'✓' if ok else '✗'} {escape(call)}" for call, ok in tests.items())
-    return (
-        f"<article><h3>{escape(record['method'])}: {'success' if record['reward'] == 1 else 'failure'}</h3><section>"
-        f"{''.join(turns)}</section><aside>{program('reference', task['ground_truth'], record['answer'])}"
-        f"{program('answer', record['answer'], task['ground_truth'])}<details><summary>passes {sum(tests.values()):.0f} of "
-        f"{len(tests)} tests</summary><ul>{calls}</ul></details></aside></article>"
-    )
+    return f"""<article><h3>{escape(record["method"])}: {"success" if record["reward"] == 1 else "failure"}</h3>
+        <section>{"".join(turns)}</section><aside>{program("reference", task["ground_truth"], record["answer"])}
+        {program("answer", record["answer"], task["ground_truth"])}<details><summary>passes {sum(tests.values()):.0f} of
+        {len(tests)} tests</summary><ul>{calls}</ul></details></aside></article>"""
 
 
 def dialogues_section(root, n):
@@ -368,56 +308,57 @@ def dialogues_section(root, n):
     advantages = advantages_of(root, records)
     scale = np.percentile([abs(a) for row in advantages for a in row if a] or [1.0], 90)
     shown = [show(record, row, scale) for record, row in zip(records, advantages)]
-    note = (
-        "<p>The number on a turn is its advantage: blue, the critic finds it more likely than the initial policy does; "
-        f"orange, less (full colour from {scale:.2f} nats a token). Marked: lines that the reference or the answer lacks."
-        " The agent never sees the reference.</p>"
-    )
-    gone = "" if any(advantages) else absent("A model to compute advantages with (critic/ or base/)", "critic")
-    return f"{note}{gone}<div class=pair>{''.join(shown[: 1 + bool(base)])}</div>{''.join(shown[1 + bool(base) :])}"
+    pair = f"<div class=pair>{shown.pop(0)}{shown.pop(0)}</div>" if base else ""
+    note = f"""<p>The number on a turn is its advantage. Blue: the critic finds the turn more likely than the initial
+        policy does; orange: less (full colour from {scale:.2f} nats a token). Underlined: a line that reference or
+        answer lacks. The agent never sees the reference.</p>"""
+    gone = "" if any(advantages) else absent("critic/ or the initial policy, for the advantages,", "critic")
+    return f"{note}{gone}{pair}{''.join(shown)}"
 
 
 # ------------------------------------------------------------------ the page
 
 PAGE = Template("""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
-<meta http-equiv=Content-Security-Policy content="default-src 'none';style-src 'unsafe-inline'"><title>sweet: $name</title>
-<style>:root{color-scheme:light dark;--ink:#23272b;--soft:#626c75;--rule:#e3e6e8;--paper:#fdfdfc;--up:20 99 158;--down:214 110 10}
-@media(prefers-color-scheme:dark){:root{--ink:#dfe3e6;--soft:#98a2aa;--rule:#30363b;--paper:#15181a;--up:109 179 236;--down:240 150 60}}
-*{box-sizing:border-box}body{margin:auto;padding:3rem 1.2rem 6rem;max-width:68rem;font:16px/1.6 system-ui,sans-serif;color:var(--ink);
-background:var(--paper)}h1,h2{font-family:Georgia,serif;line-height:1.2;margin:4.5rem 0 1rem}h1{margin:0}h3{font-size:1rem;grid-column:1/-1}
-h4,p,i,text,tr:first-child{color:var(--soft);fill:var(--soft);font-weight:400}h4{margin:.8rem 0 .2rem}p{max-width:44rem;font-size:.92rem}
-i{font:.78rem sans-serif;margin-right:.7rem}.scroll,pre,ul{overflow-x:auto}table{border-collapse:collapse;margin-top:1.5rem;font-size:.88rem}
-td{padding:.4rem 1.5rem .4rem 0;border-bottom:1px solid var(--rule);white-space:nowrap}b,td{font-variant-numeric:tabular-nums}
-figure{margin:0;font-size:.88rem}svg{width:100%;overflow:visible}.wide{max-width:32rem}text{font-size:11px;text-anchor:middle}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(18rem,100%),1fr));gap:2rem 2.5rem;margin-top:2rem}.end{text-anchor:end}
-path{stroke:var(--rule)}polyline{fill:none;stroke:var(--ink);stroke-width:1.8}.raw{opacity:.2;stroke-width:1}.raw:not(.k0){opacity:.1}
-polyline.k0{stroke:rgb(var(--up))}polyline.k2{stroke-dasharray:5 3}circle{fill:transparent}circle:hover,.own circle{fill:rgb(var(--up))}
-g path{stroke:var(--soft);stroke-width:2}.own path{stroke:rgb(var(--up))}.other circle{fill:var(--soft)}figure i:before{content:"";
-display:inline-block;width:1.4rem;margin-right:.3rem;vertical-align:middle;border-top:2px solid var(--ink)}i.k0:before{border-color:rgb(var(--up))}
-i.k2:before{border-top-style:dashed}article{display:grid;grid-template-columns:3fr 2fr;gap:0 2.5rem;margin-top:2rem;font-size:.92rem;
-border-top:1px solid var(--rule);align-content:start}aside,article{min-width:0}.pair{display:grid;grid-template-columns:1fr 1fr;gap:3rem}
-.pair article{display:block}section div{padding:.45rem .8rem;margin-bottom:.4rem;white-space:pre-wrap;overflow-wrap:anywhere;
-background:rgb(var(--hue)/calc(var(--a)*.32));border-left:4px solid rgb(var(--hue)/calc(.15 + var(--a)*.85))}.up{--hue:var(--up)}
-.down{--hue:var(--down)}b{float:right;margin-left:1rem}pre,li,code{font:.8rem/1.5 ui-monospace,monospace;margin:0}ul{padding:0;list-style:none}
-li{white-space:nowrap}mark{color:inherit;background:none;border-bottom:2px solid rgb(var(--down))}summary{cursor:pointer}
-@media(max-width:46rem){article,.pair{grid-template-columns:minmax(0,1fr)}}</style><h1>What this run learned</h1>
-<p>Run $name. An agent asks a person what they want, then writes a function. SWEET trains a critic that has read the solution to judge
-every turn, and teaches the agent, which has not, to prefer the turns that the critic prefers.</p>$sections
-<h2>Settings</h2><details><summary>every hyper-parameter of this run</summary><pre>$settings</pre></details></html>
+<meta http-equiv=Content-Security-Policy content="default-src 'none';style-src 'unsafe-inline'"><title>$name</title>
+<style>:root{color-scheme:light dark;--up:35 120 190;--down:224 120 25;--soft:color-mix(in srgb,canvastext 64%,canvas);
+--rule:color-mix(in srgb,canvastext 13%,canvas)}@media(prefers-color-scheme:dark){:root{--up:95 170 235;
+--down:240 150 60}}body{margin:auto;padding:3rem 1.2rem 6rem;max-width:66rem;font:16px/1.6 system-ui,sans-serif}
+figure{margin:0}figure{font-size:.88rem}h1,h2{font-family:Georgia,serif;line-height:1.2;margin:4.5rem 0 1rem}
+h1{margin:0}h3{font-size:1rem;grid-column:1/-1}h4,p,i,text,tr:first-child{color:var(--soft);fill:var(--soft);
+font-weight:400}h4{margin:.8rem 0 .2rem}b{float:right}p{max-width:44rem;font-size:.92rem}i{font:.78rem sans-serif;
+margin-right:.7rem}table,pre,ul{display:block;overflow:auto}table{border-collapse:collapse;margin-top:2rem;
+font-size:.88rem}b,td{font-variant-numeric:tabular-nums}.up{--hue:var(--up)}td{padding:.4rem 1.5rem .4rem 0;
+border-bottom:1px solid var(--rule);white-space:nowrap}.down{--hue:var(--down)}svg{width:100%;overflow:visible}
+text{font-size:11px;text-anchor:middle}.end{text-anchor:end}path{stroke:var(--rule)}.pair,article{display:grid;
+gap:0 2.5rem;grid-template-columns:repeat(auto-fill,minmax(min(26rem,100%),1fr))}.charts{display:grid;gap:2rem;
+grid-template-columns:repeat(auto-fill,minmax(min(18rem,100%),1fr));margin-top:2rem}polyline{fill:none;
+stroke:canvastext;stroke-width:1.8}.k0{stroke:rgb(var(--up))}.k2{stroke-dasharray:5 3}circle{fill:transparent}
+circle:hover{fill:rgb(var(--up))}.raw{opacity:.2;stroke-width:1}.raw.k1,.raw.k2{opacity:.1}i.k0:before{content:"━ ";
+color:rgb(var(--up))}i.k1:before{content:"━ "}i.k2:before{content:"╍ "}article>*{min-width:0}article{margin-top:2rem;
+border-top:1px solid var(--rule);font-size:.92rem;align-content:start}pre,ul{margin:0;padding:0}
+section div{padding:.45rem .8rem;margin-bottom:.4rem;white-space:pre-wrap;overflow-wrap:anywhere;
+border-left:4px solid rgb(var(--hue)/calc(.15 + var(--a)*.85));background:rgb(var(--hue)/calc(var(--a)*.32))}
+b{margin-left:1rem}pre,li,code{font:.8rem/1.5 ui-monospace,monospace}li{white-space:nowrap;list-style:none}
+mark{color:inherit;background:none;border-bottom:2px solid rgb(var(--down))}</style><h1>What this run learned</h1>
+<p>Run $name. An agent asks a person what they want, then writes a function. SWEET trains a critic that has read the
+solution to judge every turn, and trains the agent, which has not, to prefer what the critic prefers.</p>$sections
+<h2>Settings</h2><details><summary>hyper-parameters of this run</summary><pre>$settings</pre></details></html>
 """)
 
 
 def write(root, out, dialogues=8):
     """Write the page about the run in `root` to the file `out`, whole or not at all."""
     root = Path(root)
-    sections = {"Results": results(root), "Is the critic right?": credit(root), "Training": training(root)}
-    sections["Dialogues on held-out tasks"] = dialogues_section(root, dialogues)
+    sections = {
+        "Results": html_tables(results_tables([root])) or absent("eval.jsonl", "eval"),
+        "Is the critic right?": html_tables(credit_tables([root])) or absent("credit.json", "credit"),
+        "Training": training(root),
+        "Dialogues on held-out tasks": dialogues_section(root, dialogues),
+    }
     settings = {k: v for path in sorted(root.glob("settings/*.json")) for k, v in read_json(path).items()}
-    page = PAGE.substitute(
-        name=escape(root.name),
-        sections="".join(f"<h2>{title}</h2>{text}" for title, text in sections.items()),
-        settings=escape("\n".join(f"{name} = {value}" for name, value in sorted(settings.items()))),
-    )
+    text = escape("\n".join(f"{name} = {value}" for name, value in sorted(settings.items())))
+    body = "".join(f"<h2>{title}</h2>{section}" for title, section in sections.items())
+    page = PAGE.substitute(name=escape(root.name), sections=body, settings=text)
     partial = Path(f"{out}.partial")
     partial.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate from a model becomes "?"
     os.replace(partial, out)

@@ -444,6 +444,8 @@ def main(argv=None):
     torch.set_num_threads(options.threads)
     run = Run(options, settings_of(options))
     try:
+        for file in filter(None, (options.tasks, options.eval_tasks)):
+            load_tasks(file)  # bad input is known before any long work starts
         if options.stage == "table":
             return table([a for a in argv if a != "table"], options)
         if options.stage == "play":
@@ -454,8 +456,11 @@ def main(argv=None):
             print(f"\n{report.results_table([run.root])}\nreport: {run.path('report.html')}")
     except InputError as error:
         sys.exit(f"sweet: {error}")
-    except OSError as error:
-        sys.exit(f"sweet: {error.filename or run.root}: {error.strerror}; what is done is kept; run the same again")
+    except Exception as error:  # a disk can fill up in any library, each with an exception of its own
+        if not isinstance(error, OSError) and "No space left" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        sys.exit(f"sweet: {getattr(error, 'filename', None) or run.root}: {reason}; finished work is kept, run it again")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,202 @@
+"""The command line, end to end on a miniature: every file appears, a killed run ends in the same bytes, bad input is one line."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--base-documents", "1500", "--base-epochs", "2", "--rollout-tasks", "80", "--rollout-per-task", "8", "--critic-epochs",
+        "1", "--candidates-states", "160", "--candidates-n", "6", "--actor-epochs", "1", "--rft-epochs", "1",
+        "--multiturn-epochs", "1", "--eval-tasks", "12", "--credit-states", "12", "--credit-monte-carlo-states", "2",
+        "--credit-monte-carlo-rollouts", "4"]
+FILES = ["trajectories.jsonl", "samples.jsonl", "candidates.jsonl", "pairs.jsonl", "eval.jsonl", "credit.json"]
+
+
+def sweet(*args, check=True, cwd=ROOT, **extra):
+    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run([sys.executable, str(ROOT / "sweet.py"), *map(str, args)], cwd=cwd, env=env, text=True,
+                          capture_output=True, **extra)
+    if check:
+        assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def complaint(done):
+    """The one line that a failed command ends with."""
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """One miniature run of everything, and SWEET without c beside it."""
+    run = tmp_path_factory.mktemp("run") / "whole"
+    done = sweet("--run", run, *TINY)
+    assert "SWEET" in done.stdout and "report:" in done.stdout
+    sweet("--run", run, *TINY, "--no-reference")
+    return run
+
+
+def test_every_stage_leaves_its_file(finished):
+    for name in FILES:
+        assert (finished / name).stat().st_size > 0
+    for name in ("base", "critic", "actor", "rft", "multiturn"):
+        assert (finished / name / "model.safetensors").exists()
+        log = json.loads((finished / name / "log.json").read_text())
+        assert len(log) > 0 and all(row["loss"] == row["loss"] for row in log)
+    assert "<html" in (finished / "report.html").read_text(encoding="utf-8")
+    assert not list(finished.rglob("*.partial"))
+    methods = [json.loads(line)["method"] for line in (finished / "eval.jsonl").open()]
+    assert {name: methods.count(name) for name in set(methods)} == dict.fromkeys(["base", "RFT", "multi-turn DPO", "SWEET"], 24)
+    assert {json.loads(line)["method"] for line in (finished / "no-reference/eval.jsonl").open()} == {"SWEET without c"}
+
+
+def test_formats(finished):
+    trajectory = json.loads((finished / "trajectories.jsonl").open().readline())
+    assert {"problem_description", "ground_truth", "test_cases"} <= set(trajectory["task"])
+    first, second = trajectory["dialogue_history"][:2]
+    assert first["role"] == "user" and first["content"].endswith(trajectory["task"]["problem_description"])
+    assert second["role"] == "assistant" and {"content", "input", "output", "output_ids"} <= set(second)
+    assert 0.0 <= trajectory["reward"] <= 1.0 and isinstance(trajectory["answer"], str)
+    pairs = [json.loads(line) for line in (finished / "pairs.jsonl").open()]
+    for pair in pairs:
+        assert [m["role"] for m in pair["chosen"] + pair["rejected"]] == ["assistant", "assistant"]
+        assert pair["prompt"][-1]["role"] == "user"
+        assert pair["chosen"][0]["output_ids"] != pair["rejected"][0]["output_ids"]
+        assert pair["advantages"][0] > pair["advantages"][1]
+
+
+def test_before_the_first_step_every_preference_loss_is_log_2(finished):
+    for name in ("critic", "actor", "multiturn"):
+        row = json.loads((finished / name / "log.json").read_text())[0]
+        nll = {"critic": 0.0, "actor": None, "multiturn": None}[name]
+        if nll == 0.0:
+            assert abs(row["loss"] - 0.693147) < 1e-4
+        assert abs(row["margin"]) < 1e-4
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(finished, tmp_path):
+    """kill -9 again and again, a little later each time, until the run is done: every data file as in the uninterrupted run."""
+    run = tmp_path / "killed"
+    shutil.copytree(finished / "base", run / "base")
+    (run / "settings").mkdir()
+    shutil.copy(finished / "settings/base.json", run / "settings/base.json")
+    kills, wait = 0, 5.0
+    while True:
+        process = subprocess.Popen([sys.executable, str(ROOT / "sweet.py"), "--run", str(run), *TINY], cwd=ROOT,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            assert process.wait(timeout=wait) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills, wait = kills + 1, wait + 1.5
+    assert kills >= 2
+    for name in FILES:
+        assert (run / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_torn_line_is_dropped_and_done_again(finished, tmp_path):
+    run = tmp_path / "torn"
+    shutil.copytree(finished, run)
+    whole = (run / "samples.jsonl").read_bytes()
+    for name in ("samples.jsonl", "candidates.jsonl", "pairs.jsonl"):
+        (run / name).unlink()
+    lines = whole.split(b"\n")
+    (run / "samples.jsonl.partial").write_bytes(b"\n".join(lines[:70]) + b'\n{"task": {"problem_desc')
+    sweet("pairs", "--run", run, *TINY)
+    for name in ("samples.jsonl", "candidates.jsonl", "pairs.jsonl"):
+        assert (run / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_second_run_does_nothing_and_other_settings_are_refused(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.jsonl")}
+    sweet("eval", "--run", finished, *TINY)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.jsonl")}
+    line = complaint(sweet("--run", finished, *TINY, "--critic-lr", "0.5", check=False))
+    assert "critic.lr" in line and "0.5" in line and "--run" in line
+    line = complaint(sweet("--run", finished, *TINY, "--seed", "7", check=False))
+    assert "seed" in line
+
+
+def test_play(finished):
+    done = sweet("play", "--run", finished, *TINY, input="I have no preference there.\n" * 10)
+    assert "Tests passed:" in done.stdout and "turn 1" in done.stdout and "agent:" in done.stdout
+
+
+def test_real_tasks_roll_out(finished, tmp_path):
+    """ColBench's own task file, the tiny agent: dialogues, grades, no crash (success is not expected)."""
+    tasks = ROOT.parent / "shared/colbench/backend.jsonl"
+    if not tasks.exists():
+        pytest.skip(f"needs ColBench's backend tasks at {tasks}")
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(tasks.open(encoding="utf-8").readlines()[:25]), encoding="utf-8")
+    run = tmp_path / "colbench"
+    sweet("rollout", "--run", run, "--model", finished / "base", "--tasks", few, "--rollout-per-task", "2",
+          "--rollout-max-turns", "3")
+    rows = [json.loads(line) for line in (run / "trajectories.jsonl").open(encoding="utf-8")]
+    assert len(rows) == 50
+    assert rows[0]["task"] == json.loads(few.open(encoding="utf-8").readline())
+    assert all(0.0 <= row["reward"] <= 1.0 and len(row["dialogue_history"]) <= 6 for row in rows)
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, ["No such file"]),
+    ('{"problem_description": "a", "ground_truth": "b"}\n{"problem', ["line 2", "JSON"]),
+    ('{"problem_description": "a"}\n', ["line 1", "ground_truth"]),
+    ('{"problem_description": "a", "ground_truth": 3}\n', ["line 1", "ground_truth", "str"]),
+    ("", ["no task"]),
+])
+def test_bad_task_files(finished, tmp_path, content, words):
+    file = tmp_path / "tasks.jsonl"
+    if content is not None:
+        file.write_text(content)
+    done = sweet("rollout", "--run", tmp_path / "run", "--model", finished / "base", "--tasks", file, check=False)
+    line = complaint(done)
+    assert str(file) in line and all(word in line for word in words), line
+    assert not (tmp_path / "run/trajectories.jsonl").exists()
+
+
+def test_nothing_to_learn_from(finished, tmp_path):
+    run = tmp_path / "hopeless"
+    shutil.copytree(finished / "base", run / "base")
+    shutil.copytree(finished / "settings", run / "settings")
+    rows = [{**json.loads(line), "reward": 0.0} for line in (finished / "trajectories.jsonl").open()]
+    (run / "trajectories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for stage in ("critic", "rft", "multiturn"):
+        line = complaint(sweet(stage, "--run", run, *TINY, check=False))
+        assert "trajectories.jsonl" in line and "success" in line and "--rollout-per-task" in line
+        assert not (run / stage).exists()
+
+
+def test_unknown_flags_and_abbreviations_are_refused():
+    assert "--critic-lrr" in complaint(sweet("--critic-lrr", "1", check=False))
+    assert "--critic-l" in complaint(sweet("--critic-l", "1", check=False))
+    help_text = sweet("--help").stdout
+    for word in ("--critic-lr", "--actor-beta", "--no-reference", "paper 2e-07", "(default"):
+        assert word in help_text
+
+
+def test_a_full_disk_is_one_line(finished, tmp_path):
+    """A file system of one megabyte: the stage stops with one line that says so and leaves no half-written result."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        line = complaint(sweet("rollout", "--run", small / "run", "--model", finished / "base", "--rollout-tasks", "250",
+                               check=False))
+        assert "No space left" in line, line
+        assert not (small / "run/trajectories.jsonl").exists()
+    finally:
+        time.sleep(0.1)
+        subprocess.run(["umount", str(small)], check=True)
