@@ -323,26 +323,26 @@ PAGE = Template("""<!doctype html><html lang=en><meta charset=utf-8><meta name=v
 <style>:root{color-scheme:light dark;--up:35 120 190;--down:224 120 25;--soft:color-mix(in srgb,canvastext 64%,canvas);
 --rule:color-mix(in srgb,canvastext 13%,canvas)}@media(prefers-color-scheme:dark){:root{--up:95 170 235;
 --down:240 150 60}}body{margin:auto;padding:3rem 1.2rem 6rem;max-width:66rem;font:16px/1.6 system-ui,sans-serif}
-figure{margin:0}figure{font-size:.88rem}h1,h2{font-family:Georgia,serif;line-height:1.2;margin:4.5rem 0 1rem}
-h1{margin:0}h3{font-size:1rem;grid-column:1/-1}h4,p,i,text,tr:first-child{color:var(--soft);fill:var(--soft);
-font-weight:400}h4{margin:.8rem 0 .2rem}b{float:right}p{max-width:44rem;font-size:.92rem}i{font:.78rem sans-serif;
-margin-right:.7rem}table,pre,ul{display:block;overflow:auto}table{border-collapse:collapse;margin-top:2rem;
-font-size:.88rem}b,td{font-variant-numeric:tabular-nums}.up{--hue:var(--up)}td{padding:.4rem 1.5rem .4rem 0;
+figure{margin:0;font-size:.88rem}h1,h2{font-family:Georgia,serif;line-height:1.2;margin:4.5rem 0 1rem}h1{margin:0}
+h3{font-size:1rem;grid-column:1/-1}h4,p,i,text,tr:first-child{color:var(--soft);fill:var(--soft);font-weight:400}
+h4{margin:.8rem 0 .2rem}b{float:right}p{max-width:44rem;font-size:.92rem}i{font:.78rem sans-serif;margin-right:.7rem}
+table,pre,ul{display:block;overflow:auto}table{border-collapse:collapse;margin-top:2rem;font-size:.88rem}
+b,td{font-variant-numeric:tabular-nums}.up{--hue:var(--up)}td{padding:.4rem 1.5rem .4rem 0;
 border-bottom:1px solid var(--rule);white-space:nowrap}.down{--hue:var(--down)}svg{width:100%;overflow:visible}
 text{font-size:11px;text-anchor:middle}.end{text-anchor:end}path{stroke:var(--rule)}.pair,article{display:grid;
 gap:0 2.5rem;grid-template-columns:repeat(auto-fill,minmax(min(26rem,100%),1fr))}.charts{display:grid;gap:2rem;
 grid-template-columns:repeat(auto-fill,minmax(min(18rem,100%),1fr));margin-top:2rem}polyline{fill:none;
 stroke:canvastext;stroke-width:1.8}.k0{stroke:rgb(var(--up))}.k2{stroke-dasharray:5 3}circle{fill:transparent}
 circle:hover{fill:rgb(var(--up))}.raw{opacity:.2;stroke-width:1}.raw.k1,.raw.k2{opacity:.1}i.k0:before{content:"━ ";
-color:rgb(var(--up))}i.k1:before{content:"━ "}i.k2:before{content:"╍ "}article>*{min-width:0}article{margin-top:2rem;
-border-top:1px solid var(--rule);font-size:.92rem;align-content:start}pre,ul{margin:0;padding:0}
-section div{padding:.45rem .8rem;margin-bottom:.4rem;white-space:pre-wrap;overflow-wrap:anywhere;
-border-left:4px solid rgb(var(--hue)/calc(.15 + var(--a)*.85));background:rgb(var(--hue)/calc(var(--a)*.32))}
-b{margin-left:1rem}pre,li,code{font:.8rem/1.5 ui-monospace,monospace}li{white-space:nowrap;list-style:none}
-mark{color:inherit;background:none;border-bottom:2px solid rgb(var(--down))}</style><h1>What this run learned</h1>
-<p>Run $name. An agent asks a person what they want, then writes a function. SWEET trains a critic that has read the
-solution to judge every turn, and trains the agent, which has not, to prefer what the critic prefers.</p>$sections
-<h2>Settings</h2><details><summary>hyper-parameters of this run</summary><pre>$settings</pre></details></html>
+color:rgb(var(--up))}i.k1:before{content:"━ ";color:canvastext}i.k2:before{content:"╍ ";color:canvastext}
+article>*{min-width:0}article{margin-top:2rem;border-top:1px solid var(--rule);font-size:.92rem;align-content:start}
+pre,ul{margin:0;padding:0}section div{padding:.45rem .8rem;margin-bottom:.4rem;white-space:pre-wrap;
+overflow-wrap:anywhere;border-left:4px solid rgb(var(--hue)/calc(.15 + var(--a)*.85));
+background:rgb(var(--hue)/calc(var(--a)*.32))}b{margin-left:1rem}pre,li,code{font:.8rem/1.5 ui-monospace,monospace}
+li{white-space:nowrap;list-style:none}mark{color:inherit;background:none;border-bottom:solid rgb(var(--down))}</style>
+<h1>What this run learned</h1><p>Run $name. An agent asks a person what they want, then writes a function. SWEET trains
+a critic that reads the solution to judge every turn, and the agent, who does not, to prefer what the critic does.</p>
+$sections<h2>Settings</h2><details><summary>settings of this run</summary><pre>$settings</pre></details></html>
 """)
 
 

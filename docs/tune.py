@@ -16,20 +16,20 @@ import actor
 import sweet
 
 TRIES = {
-    "rft": [{"lr": 1e-3, "epochs": 4}, {"lr": 3e-4, "epochs": 4}, {"lr": 3e-3, "epochs": 4}, {"lr": 1e-3, "epochs": 10},
-            {"lr": 3e-3, "epochs": 10}, {"lr": 2e-3, "epochs": 20}],
-    "multiturn": [{"lr": 1e-4, "beta": 0.1, "nll": 0.3, "epochs": 4}, {"lr": 3e-4, "beta": 1.0, "nll": 0.3, "epochs": 4},
-                  {"lr": 1e-4, "beta": 1.0, "nll": 0.3, "epochs": 4}, {"lr": 3e-4, "beta": 1.0, "nll": 1.0, "epochs": 4},
-                  {"lr": 1e-3, "beta": 1.0, "nll": 1.0, "epochs": 2}, {"lr": 3e-4, "beta": 3.0, "nll": 1.0, "epochs": 4}],
-    "actor": [{"lr": 1e-3, "beta": 1.0, "nll": 0.3, "epochs": 2}, {"lr": 1e-3, "beta": 1.0, "nll": 1.0, "epochs": 2},
-              {"lr": 1e-3, "beta": 3.0, "nll": 1.0, "epochs": 2}, {"lr": 5e-4, "beta": 1.0, "nll": 1.0, "epochs": 4},
-              {"lr": 1e-3, "beta": 1.0, "nll": 1.0, "epochs": 4}, {"lr": 2e-3, "beta": 1.0, "nll": 1.0, "epochs": 2}],
+    "rft": [{"lr": lr, "epochs": epochs} for lr, epochs in (
+        (1e-3, 10), (3e-3, 10), (2e-3, 20), (3e-3, 20), (1e-3, 40), (2e-3, 40))],
+    "multiturn": [{"lr": lr, "beta": beta, "nll": nll, "epochs": epochs} for lr, beta, nll, epochs in (
+        (1e-3, 1.0, 1.0, 2), (1e-3, 1.0, 1.0, 4), (1e-3, 1.0, 3.0, 4), (1e-3, 1.0, 3.0, 8), (2e-3, 1.0, 1.0, 4),
+        (1e-3, 3.0, 3.0, 4))],
+    "actor": [{"lr": lr, "beta": beta, "nll": nll, "epochs": epochs} for lr, beta, nll, epochs in (
+        (5e-4, 1.0, 1.0, 4), (1e-3, 1.0, 1.0, 3), (1e-3, 1.0, 3.0, 2), (1e-3, 0.3, 1.0, 2), (5e-4, 1.0, 3.0, 4),
+        (2e-3, 1.0, 3.0, 2))],
 }
 
 
 def attempt(method, changes, tasks=400):
     """Train `method` with `changes` and measure it on dev tasks: a line for the record."""
-    options = sweet.parser().parse_args(["--run", "runs/tune", "--seed", "100", "--eval-split", "dev"])
+    options = sweet.parser().parse_args(["--run", "runs/tune2", "--seed", "100", "--eval-split", "dev"])
     settings = sweet.settings_of(options)
     settings[method] = dataclasses.replace(settings[method], **changes)
     settings["eval"] = dataclasses.replace(settings["eval"], tasks=tasks)
