@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from env import DialogueEnv, Task, end_of_turn, grade, render
+from env import DialogueEnv, Task, control_tokens, end_of_turn, grade, render
 from kernels.fit import arg, fit
 from kernels.logprob import collate, reference_sums, turn_logprobs
 
@@ -32,7 +32,7 @@ from kernels.logprob import collate, reference_sums, turn_logprobs
 @dataclass(frozen=True)
 class Rollout:
     """Dialogues by the initial policy."""
-    tasks: int = arg(250, "training tasks", 10000)
+    tasks: int = arg(120, "training tasks", 10000)
     per_task: int = arg(8, "offline dialogues a task")
     max_turns: int = arg(4, "turns of a dialogue, the answer included", 10)
     max_tokens: int = arg(48, "tokens of a turn at most")
@@ -42,7 +42,8 @@ class Rollout:
 @dataclass(frozen=True)
 class Candidates:
     """Turns for the critic to choose from."""
-    states: int = arg(1500, "states (turns of offline dialogues) to sample candidates at")
+    states: int = arg(2000, "states (turns of offline dialogues) to sample at")
+    success: float = arg(0.5, "share of these states that is taken from successful dialogues")
     n: int = arg(16, "candidates a state", 16)
 
 
@@ -99,7 +100,9 @@ def pick(logits_BV, noise_B, temperature=1.0, top_p=1.0):
         dropped_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p
         probs_BV = probs_BV.masked_fill(dropped_BV.scatter(-1, order_BV, dropped_BV), 0.0)
     cumulative_BV = probs_BV.cumsum(-1)
-    return torch.searchsorted(cumulative_BV, noise_B[:, None] * cumulative_BV[:, -1:], right=True).squeeze(-1)
+    total_B1 = cumulative_BV[:, -1:]
+    point_B1 = torch.minimum(noise_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    return torch.searchsorted(cumulative_BV, point_B1, right=True).squeeze(-1)
 
 
 @torch.no_grad()
@@ -108,12 +111,12 @@ def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_t
     when the turn was cut off at max_tokens or at a control token that has no place in a turn, without it. keys: what
     each row's randomness is seeded with, any value with a repr."""
     eot, prompts = end_of_turn(tokenizer), [tuple(prompt) for prompt in prompts]
-    distinct = list(dict.fromkeys(prompts))  # the candidates of one state share its prompt: read it once
-    width = max(map(len, distinct))
-    control = torch.tensor(sorted(set(tokenizer.all_special_ids) - {eot}), device=model.device)
+    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    distinct, width = list(place), max(map(len, place))  # the candidates of one state share its prompt: read it once
+    control = torch.tensor(control_tokens(tokenizer), device=model.device)
     ids = torch.tensor([(eot,) * (width - len(p)) + p for p in distinct], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in distinct], device=model.device)
-    copies = torch.tensor([distinct.index(p) for p in prompts], device=model.device)
+    copies = torch.tensor([place[p] for p in prompts], device=model.device)
     noise_BT = noise(keys, max_tokens).to(model.device)
     rows = torch.arange(len(prompts), device=model.device)  # which prompt each live row of the batch belongs to
     turns, cache = [[] for _ in prompts], None

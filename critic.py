@@ -84,7 +84,7 @@ def trajectory_pairs(trajectories, per_task, margin, rng):
         by_task.setdefault((task["problem_description"], task["ground_truth"]), []).append(trajectory)
     for group in by_task.values():
         found = [(a, b) for a in group for b in group if (
-            a["reward"] - b["reward"] >= margin if margin else a["reward"] == 1.0 > b["reward"])]
+            a["reward"] - b["reward"] >= margin - 1e-9 if margin else a["reward"] == 1.0 > b["reward"])]
         pairs += rng.sample(found, min(per_task, len(found)))
     rng.shuffle(pairs)
     return pairs
@@ -109,8 +109,9 @@ def loss_fn(model, batch, beta, nll, normalize):
     loss = loss - nll * sums_BK[:B].sum() / lengths_BK[:B].sum()
     with torch.no_grad():
         margin_B = chosen_BK.sum(-1) - rejected_BK.sum(-1)
-        last = (lengths_BK > 0).sum(-1, keepdim=True) - 1
-        answers = advantages_BK.gather(-1, last).squeeze(-1)
+        turn_K = torch.arange(1, lengths_BK.shape[1] + 1, device=lengths_BK.device)
+        last_B1 = ((lengths_BK > 0) * turn_K).argmax(-1, keepdim=True)
+        answers = advantages_BK.gather(-1, last_B1).squeeze(-1)
         metrics = {"accuracy": (margin_B > 0).float().mean().item(), "margin": margin_B.mean().item(),
                    "margin_answers": (answers[:B] - answers[B:]).mean().item()}
     return loss, metrics

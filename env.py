@@ -47,7 +47,7 @@ class InputError(ValueError):
 def read_jsonl(path, required=()):
     """Yield (line number, record) from a JSON-lines file, one at a time. InputError on what cannot be read."""
     try:
-        file = open(path, encoding="utf-8")
+        file = open(path, "rb")  # bytes: json.loads then complains about a line that is not UTF-8, too
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); expected one JSON object a line") from None
     with file:
@@ -208,6 +208,13 @@ def end_of_turn(tokenizer):
     return _scaffold(tokenizer, ("user", "assistant"))[2][0]
 
 
+@functools.lru_cache(maxsize=8)
+def control_tokens(tokenizer):
+    """The ids of all special tokens but the end of a turn: they have no place in a turn."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted((added | set(tokenizer.all_special_ids)) - {end_of_turn(tokenizer)})
+
+
 def render(tokenizer, messages, reference=None):
     """Messages as a model reads them: (input_ids, turn_ids), two lists of the same length.
 
@@ -259,7 +266,8 @@ def _canonical(value, depth=0):
     if hasattr(value, "dtype") and hasattr(value, "tolist"):  # numpy scalars and arrays compare by value
         return ("array" if value.ndim else "") + _canonical(value.tolist(), depth + 1)
     if isinstance(value, (bool, int, float)):
-        return str(int(value)) if math.isfinite(value) and value == int(value) else repr(float(value))
+        whole = isinstance(value, int) or (math.isfinite(value) and value == int(value))
+        return str(int(value)) if whole else repr(float(value))
     if isinstance(value, dict):
         items = sorted(f"{_canonical(k, depth + 1)}:{_canonical(v, depth + 1)}" for k, v in value.items())
         return f"dict({','.join(items)})"

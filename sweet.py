@@ -191,9 +191,13 @@ def stage_critic(run):
 def stage_samples(run):
     cfg, rng = run.settings["candidates"], random.Random(f"states {run.seed}")
     model, tokenizer = run.model("base")
-    states = [{"task": t["task"], "messages": actor.bare(t["dialogue_history"][:turn])} for t in run.trajectories()
-              for turn in range(1, len(t["dialogue_history"]), 2)]
-    states = rng.sample(states, min(cfg.states, len(states)))
+    found = {True: [], False: []}  # states of dialogues that ended in success, and of the others
+    for t in run.trajectories():
+        found[t["reward"] == 1.0] += [{"task": t["task"], "messages": actor.bare(t["dialogue_history"][:turn])}
+                                      for turn in range(1, len(t["dialogue_history"]), 2)]
+    wanted = {True: round(cfg.states * cfg.success), False: cfg.states - round(cfg.states * cfg.success)}
+    states = [state for kind in found for state in rng.sample(found[kind], min(wanted[kind], len(found[kind])))]
+    rng.shuffle(states)
 
     def group(part, first):
         part, keys = copy.deepcopy(part), [(run.seed, "samples", first + i) for i in range(len(part))]

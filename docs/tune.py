@@ -3,8 +3,8 @@
     python sweet.py pairs --run runs/tune --seed 100      # what all tries share
     PYTHONPATH=. python docs/tune.py rft multiturn actor  # appends a line a try to docs/tuning.md
 
-A try that wins by success at top-p 0.9 (T = 1 breaks ties) became the default. The critic had no tries of its own, SWEET without
-c takes SWEET's settings.
+The try with the best success at top-p 0.9 became the default. The critic had no tries of its own, and SWEET without c
+takes SWEET's settings.
 """
 import dataclasses
 import sys

@@ -101,7 +101,7 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *, label="fit", warmup=0
     checkpoint = Checkpoint(work / "checkpoint.pt", checkpoint_seconds, model=model, optimizer=optimizer,
                             schedule=schedule)
     log = checkpoint.load()
-    model.train()
+    model.eval()  # no dropout: it would move step 0, and log-probs would not be comparable with the reference's
     bar = tqdm(total=len(plan), initial=len(log), desc=f"{label:>12}", unit="step", mininterval=0.5)
     for batch in plan[len(log):]:
         row = take_step(model, [examples[i] for i in batch], loss_fn, micro_batch)
@@ -114,7 +114,6 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *, label="fit", warmup=0
         bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name != "grad_norm"}, refresh=False)
         checkpoint.save(log)
     bar.close()
-    model.eval()
     save(work)
     (work / "log.json").write_text(json.dumps(log), encoding="utf-8")
     checkpoint.path.unlink(missing_ok=True)

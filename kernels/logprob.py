@@ -78,7 +78,8 @@ def head_is_plain(model):
         probe = torch.arange(min(8, model.config.get_text_config().vocab_size), device=head.weight.device)[None]
         own = model(input_ids=probe).logits.float()
         ours = (model.base_model(input_ids=probe).last_hidden_state @ head.weight.T).float()
-        model._head_is_plain = own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-3, atol=1e-3)
+        same = own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-3, atol=1e-3)
+        model._head_is_plain = same and getattr(head, "bias", None) is None
         if not model._head_is_plain:
             print(f"note: {type(model).__name__} changes its logits after the head; using its own head (more memory)")
     return model._head_is_plain
@@ -98,7 +99,8 @@ def turn_logprobs(model, batch):
         hidden_BTD = model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
         logprobs_N = token_logprobs(hidden_BTD[row_N, position_N], model.get_output_embeddings().weight, targets_N)
     else:
-        logits_NV = model(input_ids=input_ids_BT, use_cache=False).logits[row_N, position_N].float()
+        logits_NV = model(input_ids=input_ids_BT, use_cache=False).logits[row_N, position_N]
+        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         logprobs_N = logits_NV.log_softmax(-1).gather(-1, targets_N[:, None]).squeeze(-1)
     B, K = len(input_ids_BT), max(int(turn_ids_BT.max()), 1)
     cell_N = row_N * K + turn_N - 1

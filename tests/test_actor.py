@@ -86,6 +86,13 @@ def test_rows_are_picked_apart():
     assert actor.pick(logits, torch.tensor([0.1, 0.9, 0.5]), top_p=0.3).tolist() == [1, 0, 2]
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_draw_of_zero_is_no_impossible_token(top_p):
+    """The first token that has a probability, although the cumulative sum before it is 0 as well."""
+    logits = torch.tensor([[-float("inf"), -9.0, 1.0, 4.0]])
+    assert actor.pick(logits, torch.zeros(1), 1.0, top_p).item() == (1 if top_p == 1.0 else 3)
+
+
 def test_noise_belongs_to_its_key():
     keys = [(0, "rollout", 1, 2), (0, "rollout", 1, 3), "play"]
     rows = actor.noise(keys, 5)
@@ -95,16 +102,15 @@ def test_noise_belongs_to_its_key():
     assert 0 <= many.min() and many.max() < 1 and abs(many.mean() - 0.5) < 0.02
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.6])
-def test_the_largest_draw_is_a_token_too(monkeypatch, top_p):
-    """The largest number below 1 in float64 must not become a token beyond the vocabulary, or one that was dropped."""
+@pytest.mark.parametrize("top_p, want", [(1.0, 3), (0.6, 0), (0.7, 1)])
+def test_the_largest_draw_is_a_token_too(monkeypatch, top_p, want):
+    """Of probabilities .626, .230, .140, .004 the largest number below 1 in float64 gives the last that is kept."""
     class Largest:
         def random(self, n):
             return np.full(n, np.nextafter(1.0, 0.0))
     monkeypatch.setattr(actor.np.random, "default_rng", lambda seed: Largest())
     logits = torch.tensor([[2.0, 1.0, 0.5, -3.0]])
-    token = int(actor.pick(logits, actor.noise(["key"], 1)[:, 0], 1.0, top_p))
-    assert token == (3 if top_p == 1.0 else 1 if math.exp(2.0) / sum(map(math.exp, [2, 1, .5, -3])) < top_p else 0)
+    assert int(actor.pick(logits, actor.noise(["key"], 1)[:, 0], 1.0, top_p)) == want
 
 
 # ------------------------------------------------------------------ sampling turns

@@ -5,8 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from env import (ANSWER_MARKER, DialogueEnv, InputError, JsonlWriter, Task, end_of_turn, extract_code, grade,
-                 load_tasks, read_jsonl, render, write_json)
+from env import (
+    ANSWER_MARKER,
+    DialogueEnv,
+    InputError,
+    JsonlWriter,
+    Task,
+    end_of_turn,
+    extract_code,
+    grade,
+    load_tasks,
+    read_jsonl,
+    render,
+    write_json,
+)
 from worlds import backend as world
 
 COLBENCH = Path(__file__).resolve().parent.parent.parent / "shared" / "colbench" / "backend.jsonl"
@@ -312,13 +324,13 @@ def returns(expression):
 
 
 EQUAL = [("1", "1.0"), ("1", "True"), ("0", "-0.0"), ("[1, 2.0]", "[1.0, 2]"), ("float('nan')", "float('nan')"),
-         ("[float('nan')]", "[float('nan')]"), ("{1, 2, 3}", "{3, 2, 1}"), ("{'a': 1, 'b': 2}", "{'b': 2.0, 'a': True}"),
+         ("[float('nan')]", "[float('nan')]"), ("{1, 2, 3}", "{3, 2, 1}"), ("{'a': 1, 'b': 2}", "{'b': 2., 'a': True}"),
          ("frozenset((1, 2))", "{2, 1}"), ("'x'", "\"x\""), ("10 ** 20", "1e20"), ("float('inf')", "float('inf')"),
          ("{(1, 2): [3]}", "{(1.0, 2): [3]}"), ("{'é': {'x'}}", "{'é': {'x'}}"), ("(1,)", "(True,)"), ("''", "str()")]
 DIFFERENT = [("(1, 2)", "[1, 2]"), ("1", "'1'"), ("1", "2"), ("[1, 2]", "[2, 1]"), ("None", "None"), ("0", "None"),
              ("{1: 2}", "{2: 1}"), ("'a,str:b'", "'a'"), ("['a', 'b']", "[\"a', 'b\"]"), ("float('nan')", "0.0"),
-             ("float('inf')", "-float('inf')"), ("{1}", "[1]"), ("[[1], 2]", "[[1, 2]]"), ("'1'", "b'1'"), ("{}", "set()"),
-             ("2 ** 53", "2 ** 53 + 1"), ("0.1 + 0.2", "0.3"), ("[]", "()"), ("1", "1j")]
+             ("float('inf')", "-float('inf')"), ("{1}", "[1]"), ("[[1], 2]", "[[1, 2]]"), ("'1'", "b'1'"),
+             ("{}", "set()"), ("2 ** 53", "2 ** 53 + 1"), ("0.1 + 0.2", "0.3"), ("[]", "()"), ("1", "1j")]
 
 
 def test_which_values_are_equal():
@@ -355,8 +367,8 @@ def test_fenced_answers_with_prose():
 
 
 def test_top_level_imports_and_helpers_are_visible():
-    answer = "import math\nfrom collections import Counter\nBASE = 2\n\ndef helper(x):\n    return math.floor(x) + BASE\n\n" \
-             "def f(x):\n    return [helper(v) for v in Counter([x])]"
+    answer = ("import math\nfrom collections import Counter\nBASE = 2\n\ndef helper(x):\n"
+              "    return math.floor(x) + BASE\n\ndef f(x):\n    return [helper(v) for v in Counter([x])]")
     assert score(answer, "def f(x):\n    return [int(x) + 2]", "f(1.5)", "f(7)") == 1.0
 
 
@@ -371,19 +383,20 @@ def test_programs_that_print_or_exit():
 
 def test_a_bad_answer_costs_only_itself():
     good, task = returns("5"), Task("p", returns("5"), {"t": "f()"})
-    bad = ["while True: pass", "def f():\n    while True: pass", "import os; os._exit(1)", "import os; os.kill(os.getpid(), 9)",
+    bad = ["while True: pass", "def f():\n    while True: pass", "import os; os._exit(1)",
+           "import os; os.kill(os.getpid(), 9)",
            "def f():\n    while True:\n        try:\n            while True: pass\n        except BaseException: pass",
-           "def f():\n    return [0] * 10 ** 10", "def f():\n    return f()", "import sys; sys.stdin.read(); sys.exit()",
-           "import os\nif os.fork(): os._exit(0)"]
+           "def f():\n    return [0] * 10 ** 10", "def f():\n    return f()",
+           "import sys; sys.stdin.read(); sys.exit()", "import os\nif os.fork(): os._exit(0)"]
     answers = [text for pair in zip(bad, [good] * len(bad)) for text in pair]
     answers = [text if text != good else f"{good}\n# {i}" for i, text in enumerate(answers)]
-    rewards = grade(answers, [task] * len(answers), call_seconds=0.2, answer_seconds=0.8)
+    rewards = grade(answers, [task] * len(answers), call_seconds=0.4, answer_seconds=1.5)
     assert rewards == [0.0, 1.0] * len(bad)
 
 
 def test_a_call_that_loops_costs_only_that_call():
     answer = "def f(x):\n    while x == 2: pass\n    return x"
-    assert score(answer, returns("a[0]"), "f(1)", "f(2)", "f(3)", "f(4)", call_seconds=0.2) == 0.75
+    assert score(answer, returns("a[0]"), "f(1)", "f(2)", "f(3)", "f(4)", call_seconds=0.4) == 0.75
 
 
 def test_state_does_not_leak_between_calls_or_answers():

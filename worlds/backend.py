@@ -1,4 +1,4 @@
-"""The small world: procedural ColBench-style backend tasks that a language model of 150k parameters can collaborate on.
+"""The small world: procedural ColBench-style backend tasks that a language model of 114k parameters can collaborate on.
 
 A task asks for a function that tidies a list of something ("invoices", "tides", ...). What tidying means is hidden:
 three of six steps (keep, change, order, ...), each in one of four ways. *Which* steps matter depends on the topic,
@@ -196,7 +196,7 @@ def make_tokenizer():
     encoded."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
-    vocab = [("<unk>", 0.0)] + [(f"<0x{byte:02X}>", -40.0) for byte in range(256)]
+    vocab = [("<unk>", -1000.0)] + [(f"<0x{byte:02X}>", -1000.0) for byte in range(256)]
     vocab += [(chr(code), -20.0) for code in range(32, 127) if chr(code) not in phrases()]
     core = Tokenizer(models.Unigram(vocab + [(text, -1.0) for text in phrases()], unk_id=0, byte_fallback=True))
     core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
