@@ -18,6 +18,8 @@ Differences from the paper: none in the formula; sizes and step sizes of the sma
 Shapes: B rows, T tokens, V vocabulary.
 """
 import hashlib
+import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +45,6 @@ class Rollout:
 class Candidates:
     """Turns for the critic to choose from."""
     states: int = arg(2000, "states (turns of offline dialogues) to sample at")
-    success: float = arg(0.5, "share of these states that is taken from successful dialogues")
     n: int = arg(16, "candidates a state", 16)
 
 
@@ -189,13 +190,14 @@ def bare(messages):
 
 
 def sample_candidates(model, tokenizer, states, keys, n, max_tokens):
-    """Add to each state {"task", "messages"} its "candidates", [{"content", "output_ids"}]: n sampled turns, repeats
-    dropped."""
+    """Add to each state {"task", "messages"} its "candidates", [{"content", "output_ids", "count"}]: the different
+    ones among n sampled turns."""
     prompts = [render(tokenizer, state["messages"])[0] for state in states for _ in range(n)]
     turns = sample(model, tokenizer, prompts, [(*key, k) for key in keys for k in range(n)], max_tokens=max_tokens)
     for i, state in enumerate(states):
-        distinct = [list(turn) for turn in dict.fromkeys(map(tuple, turns[i * n:(i + 1) * n])) if turn]
-        state["candidates"] = [{"content": turn_text(tokenizer, turn), "output_ids": turn} for turn in distinct]
+        counts = Counter(tuple(turn) for turn in turns[i * n:(i + 1) * n] if turn)
+        state["candidates"] = [{"content": turn_text(tokenizer, list(turn)), "output_ids": list(turn), "count": count}
+                               for turn, count in counts.items()]
 
 
 def play_on(model, tokenizer, states, human, n, cfg, seed):
@@ -223,16 +225,21 @@ def play_on(model, tokenizer, states, human, n, cfg, seed):
 
 # ------------------------------------------------------------------ learning
 
-def turn_pairs(advantages, n, rng):
-    """Indices (chosen, rejected) of up to n different pairs: chosen from the better half by advantage, rejected from
+def turn_pairs(advantages, counts, n, rng, floor=-math.inf):
+    """Indices (chosen, rejected) of up to n different pairs: chosen from the better half by advantage, the other from
     the worse.
 
-    Only pairs with a strictly larger advantage count; a state that has none gives none.
+    counts: how often each candidate was sampled; the halves are of the samples, so that a turn which the policy takes
+    half of the time is not one rare turn among many. Only pairs with a strictly larger advantage count, and only turns
+    whose advantage is at least `floor` are chosen (the least bad of bad turns is not worth learning); a state that has
+    none gives none.
     """
-    order = sorted(range(len(advantages)), key=lambda i: -advantages[i])
+    order = sorted((i for i, count in enumerate(counts) for _ in range(count)), key=lambda i: -advantages[i])
     half = len(order) // 2
     found = [(a, b) for a in order[:half] for b in order[len(order) - half:] if advantages[a] > advantages[b]]
-    return rng.sample(found, min(n, len(found)))
+    found = [(a, b) for a, b in found if advantages[a] >= floor]
+    rng.shuffle(found)
+    return list(dict.fromkeys(found))[:n]
 
 
 def turn_view(tokenizer, prompt, turn):

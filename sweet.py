@@ -191,13 +191,9 @@ def stage_critic(run):
 def stage_samples(run):
     cfg, rng = run.settings["candidates"], random.Random(f"states {run.seed}")
     model, tokenizer = run.model("base")
-    found = {True: [], False: []}  # states of dialogues that ended in success, and of the others
-    for t in run.trajectories():
-        found[t["reward"] == 1.0] += [{"task": t["task"], "messages": actor.bare(t["dialogue_history"][:turn])}
-                                      for turn in range(1, len(t["dialogue_history"]), 2)]
-    wanted = {True: round(cfg.states * cfg.success), False: cfg.states - round(cfg.states * cfg.success)}
-    states = [state for kind in found for state in rng.sample(found[kind], min(wanted[kind], len(found[kind])))]
-    rng.shuffle(states)
+    states = [{"task": t["task"], "messages": actor.bare(t["dialogue_history"][:turn])} for t in run.trajectories()
+              for turn in range(1, len(t["dialogue_history"]), 2)]
+    states = rng.sample(states, min(cfg.states, len(states)))
 
     def group(part, first):
         part, keys = copy.deepcopy(part), [(run.seed, "samples", first + i) for i in range(len(part))]
@@ -218,10 +214,12 @@ def stage_candidates(run):
 
 
 def stage_pairs(run):
-    rng, writer = random.Random(f"turn pairs {run.seed}"), JsonlWriter(run.path("pairs.jsonl"), 10 ** 9)
+    rng, cfg = random.Random(f"turn pairs {run.seed}"), run.settings["pairs"]
+    writer = JsonlWriter(run.path("pairs.jsonl"), 10 ** 9)
     for state in run.records("candidates.jsonl", "messages", "candidates"):
         turns = state["candidates"]
-        for pair in actor.turn_pairs([c["advantage"] for c in turns], run.settings["pairs"].per_state, rng):
+        advantages, counts = [c["advantage"] for c in turns], [c.get("count", 1) for c in turns]
+        for pair in actor.turn_pairs(advantages, counts, cfg.per_state, rng, cfg.floor):
             chosen, rejected = ([{"role": "assistant", **{key: turns[i][key] for key in ("content", "output_ids")}}]
                                 for i in pair)
             writer.write([{"prompt": state["messages"], "chosen": chosen, "rejected": rejected,
@@ -464,7 +462,8 @@ def main(argv=None):
         if not isinstance(error, OSError) and "No space left" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        sys.exit(f"sweet: {getattr(error, 'filename', None) or run.root}: {reason}; finished work is kept, run it again")
+        where = getattr(error, "filename", None) or run.root
+        sys.exit(f"sweet: {where}: {reason}; what is finished is kept, run the same command again")
 
 
 if __name__ == "__main__":

@@ -39,8 +39,9 @@ def attempt(method, changes, tasks=400):
     sweet.STAGES[method].work(run)
     success = []
     for top_p in (1.0, 0.9):
-        played = actor.play_tasks(*run.model(method), run.held_out(), run.human(), [(100, "eval", i) for i in range(tasks)],
-                                  settings["rollout"], top_p=top_p)
+        keys = [(100, "eval", i) for i in range(tasks)]
+        played = actor.play_tasks(*run.model(method), run.held_out(), run.human(), keys, settings["rollout"],
+                                  top_p=top_p)
         success.append(np.mean([t["reward"] == 1.0 for t in played]))
     words = ", ".join(f"{key} {value:g}" for key, value in changes.items())
     return f"| {method} | {words} | {100 * success[0]:.1f} | {100 * success[1]:.1f} |"

@@ -327,12 +327,17 @@ def test_play_on_values_answers_by_their_reward(talker, tokenizer, tasks):
 
 # ------------------------------------------------------------------ pairs
 
+def turn_pairs(advantages, n, rng):
+    """Every candidate sampled once."""
+    return actor.turn_pairs(advantages, [1] * len(advantages), n, rng)
+
+
 def test_turn_pairs_are_different_strict_and_from_the_halves():
     rng = random.Random(0)
     for trial in range(300):
         advantages = [rng.choice([0.0, 0.5, 1.0, rng.random()]) for _ in range(rng.randint(1, 17))]
         n, half = rng.randint(1, 6), len(advantages) // 2
-        pairs = actor.turn_pairs(advantages, n, random.Random(trial))
+        pairs = turn_pairs(advantages, n, random.Random(trial))
         assert len(pairs) == len(set(pairs)) <= n
         for a, b in pairs:
             assert advantages[a] > advantages[b]
@@ -340,18 +345,27 @@ def test_turn_pairs_are_different_strict_and_from_the_halves():
             assert sum(x < advantages[b] for x in advantages) < half
         if len(set(advantages)) == len(advantages):
             assert len(pairs) == min(n, half * half)
-        assert actor.turn_pairs(advantages, n, random.Random(trial)) == pairs
+        assert turn_pairs(advantages, n, random.Random(trial)) == pairs
 
 
 def test_turn_pairs_on_hand_made_advantages():
     rng = random.Random(0)
-    assert set(actor.turn_pairs([0.1, 0.9, -0.3, 0.4], 9, rng)) == {(1, 0), (1, 2), (3, 0), (3, 2)}
-    assert set(actor.turn_pairs([3.0, 2.0, 1.0], 9, rng)) == {(0, 2)}
-    assert actor.turn_pairs([0.5] * 16, 4, rng) == [] and actor.turn_pairs([1.0], 4, rng) == []
-    assert actor.turn_pairs([], 4, rng) == []
-    assert set(actor.turn_pairs([1.0, 1.0, 1.0, 0.0], 9, rng)) == {(0, 3), (1, 3)}
-    assert {pair for seed in range(60) for pair in actor.turn_pairs([4, 3, 2, 1], 1, random.Random(seed))} == {
+    assert set(turn_pairs([0.1, 0.9, -0.3, 0.4], 9, rng)) == {(1, 0), (1, 2), (3, 0), (3, 2)}
+    assert set(turn_pairs([3.0, 2.0, 1.0], 9, rng)) == {(0, 2)}
+    assert turn_pairs([0.5] * 16, 4, rng) == [] and turn_pairs([1.0], 4, rng) == []
+    assert turn_pairs([], 4, rng) == []
+    assert set(turn_pairs([1.0, 1.0, 1.0, 0.0], 9, rng)) == {(0, 3), (1, 3)}
+    assert {pair for seed in range(60) for pair in turn_pairs([4, 3, 2, 1], 1, random.Random(seed))} == {
         (0, 2), (0, 3), (1, 2), (1, 3)}
+
+
+def test_turn_pairs_halve_the_samples_and_keep_the_floor():
+    rng = random.Random(0)
+    # sampled 5, 1, 1, 1 times: the better half of the eight samples is the first candidate alone
+    assert set(actor.turn_pairs([0.9, 0.5, 0.4, 0.3], [5, 1, 1, 1], 9, rng)) == {(0, 1), (0, 2), (0, 3)}
+    assert set(actor.turn_pairs([0.9, 0.5, 0.4, 0.3], [1, 1, 1, 5], 9, rng)) == {(0, 3), (1, 3), (2, 3)}
+    assert set(actor.turn_pairs([0.2, -0.4, -0.5, -0.9], [1] * 4, 9, rng, floor=-0.3)) == {(0, 2), (0, 3)}
+    assert actor.turn_pairs([-0.31, -0.5], [1, 1], 9, rng, floor=-0.3) == []
 
 
 def trajectory(problem, reward, name, reference="def f(): pass"):

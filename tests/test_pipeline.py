@@ -1,4 +1,4 @@
-"""The command line, end to end in miniature: every file appears, a killed run ends in the same bytes, errors are a line."""
+"""The command line, in miniature: every file appears, a killed run ends in the same bytes, an error is one line."""
 import json
 import os
 import shutil
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--base-documents", "1500", "--base-epochs", "2", "--rollout-tasks", "80", "--rollout-per-task", "8", "--critic-epochs",
-        "1", "--candidates-states", "160", "--candidates-n", "6", "--actor-epochs", "1", "--rft-epochs", "1",
-        "--multiturn-epochs", "1", "--eval-tasks", "12", "--credit-states", "12", "--credit-monte-carlo-states", "2",
-        "--credit-monte-carlo-rollouts", "4"]
+TINY = ["--base-documents", "1500", "--base-epochs", "2", "--rollout-tasks", "80", "--rollout-per-task", "8",
+        "--critic-epochs", "1", "--candidates-states", "160", "--candidates-n", "6", "--actor-epochs", "1",
+        "--rft-epochs", "1", "--pairs-floor", "-99", "--multiturn-epochs", "1", "--eval-tasks", "12",
+        "--credit-states", "12", "--credit-monte-carlo-states", "2", "--credit-monte-carlo-rollouts", "4"]
 FILES = ["trajectories.jsonl", "samples.jsonl", "candidates.jsonl", "pairs.jsonl", "eval.jsonl", "credit.json"]
 
 
@@ -193,8 +193,8 @@ def test_a_full_disk_is_one_line(finished, tmp_path):
     if mounted.returncode != 0:
         pytest.skip("needs the right to mount a small file system")
     try:
-        line = complaint(sweet("rollout", "--run", small / "run", "--model", finished / "base", "--rollout-tasks", "250",
-                               check=False))
+        model = ("--model", finished / "base", "--rollout-tasks", "250")
+        line = complaint(sweet("rollout", "--run", small / "run", *model, check=False))
         assert "No space left" in line, line
         assert not (small / "run/trajectories.jsonl").exists()
     finally:
