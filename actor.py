@@ -18,7 +18,6 @@ Differences from the paper: none in the formula; sizes and step sizes of the sma
 Shapes: B rows, T tokens, V vocabulary.
 """
 import hashlib
-import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -53,9 +52,9 @@ class Actor:
     """DPO on turn pairs (Eq. 4)."""
     lr: float = arg(1e-3, "learning rate", 2e-7)
     beta: float = arg(1.0, "Eq. 4's beta", 0.1)
-    nll: float = arg(0.3, "weight of the chosen turn's negative log-likelihood", 0.01)
+    nll: float = arg(1.0, "weight of the chosen turn's negative log-likelihood", 0.01)
     batch_size: int = arg(16, "turn pairs a step", 8)
-    epochs: int = arg(2, "passes over the pairs", 1)
+    epochs: int = arg(4, "passes over the pairs", 1)
 
 
 @dataclass(frozen=True)
@@ -63,17 +62,17 @@ class Rft:
     """Rejection-sampling fine-tuning, a baseline."""
     lr: float = arg(1e-3, "learning rate", 2e-7)
     batch_size: int = arg(32, "trajectories a step", 32)
-    epochs: int = arg(4, "passes over the successful trajectories", 4)
+    epochs: int = arg(40, "passes over the successful trajectories", 4)
 
 
 @dataclass(frozen=True)
 class Multiturn:
     """DPO on whole trajectories, a baseline."""
-    lr: float = arg(3e-4, "learning rate", 2e-7)
-    beta: float = arg(0.3, "DPO's beta on whole trajectories", 0.1)
-    nll: float = arg(0.3, "weight of the chosen trajectory's negative log-likelihood", 0.01)
+    lr: float = arg(1e-3, "learning rate", 2e-7)
+    beta: float = arg(1.0, "DPO's beta on whole trajectories", 0.1)
+    nll: float = arg(3.0, "weight of the chosen trajectory's negative log-likelihood", 0.01)
     batch_size: int = arg(8, "trajectory pairs a step", 8)
-    epochs: int = arg(3, "passes over the pairs", 4)
+    epochs: int = arg(8, "passes over the pairs", 4)
 
 
 # ------------------------------------------------------------------ Eq. 4
@@ -225,19 +224,17 @@ def play_on(model, tokenizer, states, human, n, cfg, seed):
 
 # ------------------------------------------------------------------ learning
 
-def turn_pairs(advantages, counts, n, rng, floor=-math.inf):
+def turn_pairs(advantages, counts, n, rng):
     """Indices (chosen, rejected) of up to n different pairs: chosen from the better half by advantage, the other from
     the worse.
 
     counts: how often each candidate was sampled; the halves are of the samples, so that a turn which the policy takes
-    half of the time is not one rare turn among many. Only pairs with a strictly larger advantage count, and only turns
-    whose advantage is at least `floor` are chosen (the least bad of bad turns is not worth learning); a state that has
-    none gives none.
+    half of the time is not one rare turn among many. Only pairs with a strictly larger advantage count; a state that
+    has none gives none.
     """
     order = sorted((i for i, count in enumerate(counts) for _ in range(count)), key=lambda i: -advantages[i])
     half = len(order) // 2
     found = [(a, b) for a in order[:half] for b in order[len(order) - half:] if advantages[a] > advantages[b]]
-    found = [(a, b) for a, b in found if advantages[a] >= floor]
     rng.shuffle(found)
     return list(dict.fromkeys(found))[:n]
 

@@ -34,7 +34,6 @@ class Pairs:
     per_task: int = arg(6, "trajectory pairs a task at most")
     margin: float = arg(0.0, "reward difference that makes a trajectory pair; 0: success against failure", 0.0)
     per_state: int = arg(4, "turn pairs a state at most", 4)
-    floor: float = arg(-0.3, "advantage that a chosen turn has at least (the paper has no such floor)", -9e9)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class Eval:
 class Credit:
     """How the critic is checked."""
     states: int = arg(200, "held-out states whose candidates the critic is tested on")
-    monte_carlo_states: int = arg(40, "states whose candidates are also valued by playing on")
+    monte_carlo_states: int = arg(20, "states whose candidates are also valued by playing on")
     monte_carlo_rollouts: int = arg(24, "dialogues played on from each candidate")
 
 
@@ -219,7 +219,7 @@ def stage_pairs(run):
     for state in run.records("candidates.jsonl", "messages", "candidates"):
         turns = state["candidates"]
         advantages, counts = [c["advantage"] for c in turns], [c.get("count", 1) for c in turns]
-        for pair in actor.turn_pairs(advantages, counts, cfg.per_state, rng, cfg.floor):
+        for pair in actor.turn_pairs(advantages, counts, cfg.per_state, rng):
             chosen, rejected = ([{"role": "assistant", **{key: turns[i][key] for key in ("content", "output_ids")}}]
                                 for i in pair)
             writer.write([{"prompt": state["messages"], "chosen": chosen, "rejected": rejected,
@@ -279,7 +279,8 @@ def stage_credit(run):
     states = []
     keys = [(run.seed, "credit", i) for i in range(len(tasks))]
     for trajectory in actor.play_tasks(model, tokenizer, tasks, human, keys, play):
-        turn = rng.randrange(1, len(trajectory["dialogue_history"]), 2)
+        turns = range(1, len(trajectory["dialogue_history"]), 2)
+        turn = turns[-1] if len(states) % 2 else rng.choice(turns)  # half of them where answers are given
         states.append({"task": trajectory["task"], "messages": actor.bare(trajectory["dialogue_history"][:turn])})
     keys = [(run.seed, "credit candidates", i) for i in range(len(states))]
     actor.sample_candidates(model, tokenizer, states, keys, run.settings["candidates"].n, play.max_tokens)

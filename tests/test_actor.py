@@ -359,13 +359,11 @@ def test_turn_pairs_on_hand_made_advantages():
         (0, 2), (0, 3), (1, 2), (1, 3)}
 
 
-def test_turn_pairs_halve_the_samples_and_keep_the_floor():
+def test_turn_pairs_halve_the_samples():
     rng = random.Random(0)
     # sampled 5, 1, 1, 1 times: the better half of the eight samples is the first candidate alone
     assert set(actor.turn_pairs([0.9, 0.5, 0.4, 0.3], [5, 1, 1, 1], 9, rng)) == {(0, 1), (0, 2), (0, 3)}
     assert set(actor.turn_pairs([0.9, 0.5, 0.4, 0.3], [1, 1, 1, 5], 9, rng)) == {(0, 3), (1, 3), (2, 3)}
-    assert set(actor.turn_pairs([0.2, -0.4, -0.5, -0.9], [1] * 4, 9, rng, floor=-0.3)) == {(0, 2), (0, 3)}
-    assert actor.turn_pairs([-0.31, -0.5], [1, 1], 9, rng, floor=-0.3) == []
 
 
 def trajectory(problem, reward, name, reference="def f(): pass"):

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--base-documents", "1500", "--base-epochs", "2", "--rollout-tasks", "80", "--rollout-per-task", "8",
         "--critic-epochs", "1", "--candidates-states", "160", "--candidates-n", "6", "--actor-epochs", "1",
-        "--rft-epochs", "1", "--pairs-floor", "-99", "--multiturn-epochs", "1", "--eval-tasks", "12",
+        "--rft-epochs", "1", "--multiturn-epochs", "1", "--eval-tasks", "12",
         "--credit-states", "12", "--credit-monte-carlo-states", "2", "--credit-monte-carlo-rollouts", "4"]
 FILES = ["trajectories.jsonl", "samples.jsonl", "candidates.jsonl", "pairs.jsonl", "eval.jsonl", "credit.json"]
 
