@@ -343,9 +343,10 @@ def run_stage(run, name):
             run_stage(run, earlier)
     if name == "base" and run.options.model:
         return
-    run.claim(name)
-    if run.path(stage.output).exists() and name != "report":
-        return
+    if name != "report":  # a report is made anew, of whatever is there
+        run.claim(name)
+        if run.path(stage.output).exists():
+            return
     start = time.monotonic()
     stage.work(run)
     file = run.path("seconds.json")
