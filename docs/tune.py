@@ -29,7 +29,7 @@ TRIES = {
 
 def attempt(method, changes, tasks=400):
     """Train `method` with `changes` and measure it on dev tasks: a line for the record."""
-    options = sweet.parser().parse_args(["--run", "runs/tune2", "--seed", "100", "--eval-split", "dev"])
+    options = sweet.parser().parse_args(["--run", "runs/tune", "--seed", "100", "--eval-split", "dev"])
     settings = sweet.settings_of(options)
     settings[method] = dataclasses.replace(settings[method], **changes)
     settings["eval"] = dataclasses.replace(settings["eval"], tasks=tasks)
