@@ -30,6 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tqdm import tqdm
+
 ANSWER_MARKER = "I WANT TO ANSWER:"
 REFERENCE_PREFIX = "In light that the final answer is: {reference}.\n"  # how the critic reads c: a data format
 INSTRUCTIONS = (
@@ -90,6 +92,19 @@ class JsonlWriter:
     def close(self):
         self.file.close()
         os.replace(self.partial, self.path)
+
+
+def write_groups(path, items, size, make, label):
+    """Write make(items[i:i + size], i), one record an item, group by group, with a bar; goes on at a whole group."""
+    writer = JsonlWriter(path, size)
+    with tqdm(total=len(items), initial=writer.done, desc=f"{label:>12}", mininterval=0.5) as bar:
+        for i in range(writer.done, len(items), size):
+            records = make(items[i:i + size], i)
+            writer.write(records)
+            bar.update(len(records))
+            if "reward" in records[0]:
+                bar.set_postfix(reward=f"{sum(r['reward'] for r in records) / len(records):.3f}", refresh=False)
+    writer.close()
 
 
 def write_json(path, value):

@@ -32,11 +32,11 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -139,19 +139,6 @@ class Run:
         return self.records("trajectories.jsonl", "task", "dialogue_history", "reward")
 
 
-def write_groups(path, items, size, make, label):
-    """Write make(items[i:i + size], i), one record an item, group by group, with a bar; goes on at a whole group."""
-    writer = JsonlWriter(path, size)
-    with tqdm(total=len(items), initial=writer.done, desc=f"{label:>12}", mininterval=0.5) as bar:
-        for i in range(writer.done, len(items), size):
-            records = make(items[i:i + size], i)
-            writer.write(records)
-            bar.update(len(records))
-            if "reward" in records[0]:
-                bar.set_postfix(reward=f"{np.mean([record['reward'] for record in records]):.3f}", refresh=False)
-    writer.close()
-
-
 # ------------------------------------------------------------------ stages
 
 def stage_base(run):
@@ -214,17 +201,22 @@ def stage_candidates(run):
 
 
 def stage_pairs(run):
-    rng, cfg = random.Random(f"turn pairs {run.seed}"), run.settings["pairs"]
+    rng, cfg, kinds = random.Random(f"turn pairs {run.seed}"), run.settings["pairs"], Counter()
     writer = JsonlWriter(run.path("pairs.jsonl"), 10 ** 9)
     for state in run.records("candidates.jsonl", "messages", "candidates"):
         turns = state["candidates"]
+        is_answer = [ANSWER_MARKER in c["content"] for c in turns]
+        kinds.update(("candidates", kind) for kind in is_answer)
         advantages, counts = [c["advantage"] for c in turns], [c.get("count", 1) for c in turns]
         for pair in actor.turn_pairs(advantages, counts, cfg.per_state, rng):
             chosen, rejected = ([{"role": "assistant", **{key: turns[i][key] for key in ("content", "output_ids")}}]
                                 for i in pair)
             writer.write([{"prompt": state["messages"], "chosen": chosen, "rejected": rejected,
-                           "advantages": [turns[i]["advantage"] for i in pair]}])
+                           "advantages": [advantages[i] for i in pair]}])
+            kinds.update(zip(("chosen", "rejected"), (is_answer[i] for i in pair)))
     writer.close()
+    shares = {name: kinds[name, True] / max(1, kinds[name, True] + kinds[name, False]) for name, _ in kinds}
+    print("share of answers among " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
 
 
 def stage_actor(run):
