@@ -43,18 +43,8 @@ from tqdm import tqdm
 import actor
 import critic
 import report
-from env import (
-    ANSWER_MARKER,
-    DialogueEnv,
-    InputError,
-    JsonlWriter,
-    Task,
-    grade,
-    load_tasks,
-    read_jsonl,
-    render,
-    write_json,
-)
+from env import ANSWER_MARKER, DialogueEnv, InputError, JsonlWriter, Task
+from env import grade, load_tasks, read_jsonl, render, write_groups, write_json
 from kernels.fit import arg, load_model, save_to
 from simulator import ConsoleHuman, make_human
 from worlds import backend as world
