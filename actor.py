@@ -38,6 +38,7 @@ class Rollout:
     max_turns: int = arg(4, "turns of a dialogue, the answer included", 10)
     max_tokens: int = arg(48, "tokens of a turn at most")
     temperature: float = arg(1.0, "sampling temperature of the offline dialogues")
+    call_seconds: float = arg(1.0, "seconds that a test call of an answer may run")
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def play_tasks(model, tokenizer, tasks, human, keys, cfg, **decoding):
     for env, task in zip(envs, tasks):
         env.reset(task)
     play_out(model, tokenizer, envs, human, keys, max_tokens=cfg.max_tokens, **decoding)
-    rewards = grade([env.answer for env in envs], tasks)
+    rewards = grade([env.answer for env in envs], tasks, cfg.call_seconds)
     return [{"task": env.task.to_record(), "dialogue_history": env.messages, "answer": env.answer, "reward": reward}
             for env, reward in zip(envs, rewards)]
 
@@ -217,7 +218,7 @@ def play_on(model, tokenizer, states, human, n, cfg, seed):
         envs[i].observe(reply)
     for part in (going[i:i + 512] for i in range(0, len(going), 512)):
         play_out(model, tokenizer, [envs[i] for i in part], human, [keys[i] for i in part], max_tokens=cfg.max_tokens)
-    rewards = iter(grade([env.answer for env in envs], [env.task for env in envs]))
+    rewards = iter(grade([env.answer for env in envs], [env.task for env in envs], cfg.call_seconds))
     for candidate in (c for state in states for c in state["candidates"]):
         candidate["returns"] = [next(rewards) for _ in range(n)]
 
