@@ -96,6 +96,11 @@ def _backward(hidden, weight, targets, top, total, grad, grad_hidden, grad_weigh
             tl.atomic_add(grad_weight + place[:, None] * D + d[None, :], change, mask=v_in)
 
 
+def _blocks(hidden_ND):
+    """Half as many columns at a time for fp32: what a program holds then fits into the fast memory of small GPUs."""
+    return BLOCKS if hidden_ND.element_size() == 2 else {**BLOCKS, "BD": max(16, BLOCKS["BD"] // 2)}
+
+
 class _FusedLogprobs(torch.autograd.Function):
     """The two kernels as one differentiable operation."""
 
@@ -108,7 +113,7 @@ class _FusedLogprobs(torch.autograd.Function):
         chosen_N = hidden_ND.new_empty(N, dtype=torch.float32)
         if N:
             _forward[triton.cdiv(N, BLOCKS["BN"]), tiles](hidden_ND, weight_VD, targets_N, tops_JN, sums_JN, chosen_N,
-                                                          N, V, D, **BLOCKS, WIDEN=WIDEN)
+                                                          N, V, D, **_blocks(hidden_ND), WIDEN=WIDEN)
         top_N = tops_JN.amax(0)
         total_N = (sums_JN * (tops_JN - top_N).exp()).sum(0)
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, top_N, total_N)
@@ -127,7 +132,7 @@ class _FusedLogprobs(torch.autograd.Function):
             part = hidden_ND.new_zeros(rows if wants_weight else 1, D, dtype=torch.float32)
             _backward[triton.cdiv(N, BLOCKS["BN"]), triton.cdiv(rows, BLOCKS["BV"])](
                 hidden_ND, weight_VD, targets_N, top_N, total_N, grad_N.contiguous(), grad_hidden, part, first, N,
-                first + rows, D, **BLOCKS, WIDEN=WIDEN, HIDDEN=wants_hidden, WEIGHT=wants_weight)
+                first + rows, D, **_blocks(hidden_ND), WIDEN=WIDEN, HIDDEN=wants_hidden, WEIGHT=wants_weight)
             if wants_weight:
                 grad_weight[first:first + rows] = part
         return grad_hidden.to(hidden_ND.dtype), grad_weight, None
