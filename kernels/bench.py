@@ -24,18 +24,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
 import actor
-from kernels import logprob
 from kernels.logprob import collate, lay_out, reference_sums, token_logprobs, turn_logprobs
 
 REPEATS = 7
 CUDA = torch.cuda.is_available()
-NOT_MEASURED = "not measured"
 
 
 # ------------------------------------------------------------------ measuring
@@ -72,7 +71,7 @@ def contest(title, ours, peers, target="", repeats=REPEATS, memory=False):
             times[name].append(seconds(work))
     for name in peers:
         if name not in present:
-            row(title, name, *[NOT_MEASURED] * 4, target)
+            row(title, name, *["not measured"] * 4, target)
             continue
         ratios = sorted(theirs / mine for theirs, mine in zip(times[name], times["ours"]))
         used = [peak_megabytes(present[who]) for who in (name, "ours")] if memory else [None]
@@ -176,11 +175,8 @@ def trl_step(model, pairs, compact):
         trainer.precompute_ref_logps = True
 
     def step():
-        automatic, trl_utils._use_triton = trl_utils._use_triton, lambda device: compact
-        try:
-            return with_gradient(policy, lambda: trainer.compute_loss(policy, dict(batch)))
-        finally:
-            trl_utils._use_triton = automatic
+        with mock.patch.object(trl_utils, "_use_triton", lambda device: compact):
+            return with_gradient(policy, lambda: trainer.compute_loss(policy, dict(batch)))[None]
     return step
 
 
@@ -199,20 +195,10 @@ def bench_dpo():
 
         def ours(pairs=pairs):
             return with_gradient(model, lambda: actor.preference_loss(model, pairs, 0.1, 0.0)[0])[None]
-
-        def plain(pairs=pairs):
-            logprob.use_plain_path(True)
-            try:
-                return ours(pairs)
-            finally:
-                logprob.use_plain_path(False)
-        found = installed("trl") and installed("datasets")
-        for name, target, work in (
-                ("TRL DPOTrainer", targets[0], trl_step(model, pairs, False) if found else None),
-                ("TRL, reference precomputed, rows compacted", targets[1],
-                 trl_step(model, pairs, True) if found else None),
-                ("plain path", "", plain)):
-            contest(f"DPO step, prompt {length}", ours, {name: work and (lambda w=work: w().reshape(1))}, target)
+        for compact, name, target in ((False, "TRL DPOTrainer", targets[0]),
+                                      (True, "TRL, reference precomputed, rows compacted", targets[1])):
+            peer = trl_step(model, pairs, compact) if installed("trl") and installed("datasets") else None
+            contest(f"DPO step, prompt {length}", ours, {name: peer}, target)
 
 
 def bench_scoring():
@@ -290,8 +276,8 @@ def bench_run(*flags):
 
 def gpu_peers():
     """name -> function(hidden, weight, targets) -> log-probs, or None where the package is missing."""
-    peers = {"naive": eager, "torch.compile(naive)": torch.compile(eager)}
-    peers |= dict.fromkeys(("Liger", "cut-cross-entropy", "TRL selective_log_softmax"))
+    peers = {"naive": eager, "torch.compile(naive)": torch.compile(eager), "Liger": None, "cut-cross-entropy": None,
+             "TRL selective_log_softmax": None}
     if installed("liger_kernel"):
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
         peers["Liger"] = lambda h, w, y: -liger(h, w, y, reduction="none")
@@ -324,14 +310,13 @@ def bench_gpu():
     """The head on the GPU, bf16, D 4096, V 128256, forward and backward."""
     header("head on the GPU, N x 128256 x 4096, bf16", "contender", "ms", "peak GB", "of matmul peak", "difference")
     if not CUDA:
-        return row("log-probs forward + backward", *[NOT_MEASURED] * 5)
+        return row("log-probs forward + backward", *["not measured"] * 5)
     for n in (2048, 8192):
         hidden = torch.randn(n, 4096, device="cuda", dtype=torch.bfloat16).requires_grad_()
         weight = (torch.randn(128256, 4096, device="cuda") / 64).bfloat16().requires_grad_()
         targets = torch.randint(128256, (n,), device="cuda")
-        product = 2 * n * 4096 * 128256  # operations of one matrix product; forward and backward need three
-        with torch.no_grad():
-            fastest = product / gpu_cost(lambda h=hidden, w=weight: h @ w.T)[0]
+        with torch.no_grad():  # forward and backward need three such products
+            product = gpu_cost(lambda h=hidden, w=weight: h @ w.T)[0]
         want = token_logprobs(hidden, weight, targets).detach()
         for name, peer in {"ours": token_logprobs, **gpu_peers()}.items():
             def work(peer=peer, hidden=hidden, weight=weight, targets=targets):
@@ -340,10 +325,10 @@ def bench_gpu():
                 value.sum().backward()
                 return value.detach()
             if peer is None:
-                row(f"N {n}", name, *[NOT_MEASURED] * 4)
+                row(f"N {n}", name, *["not measured"] * 4)
                 continue
             milliseconds, peak = gpu_cost(work)
-            row(f"N {n}", name, f"{milliseconds:.1f}", f"{peak:.2f}", f"{3 * product / milliseconds / fastest:.0%}",
+            row(f"N {n}", name, f"{milliseconds:.1f}", f"{peak:.2f}", f"{3 * product / milliseconds:.0%}",
                 f"{(work().float() - want).abs().max().item():.0e}")
 
 
@@ -355,13 +340,9 @@ def main(names):
           f"torch {torch.__version__}; GPU: {torch.cuda.get_device_name() if CUDA else 'none'}")
     if names[:1] == ["run"]:
         return bench_run(*names[1:])
-    contests = {"logprobs": bench_logprobs, "dpo": bench_dpo, "scoring": bench_scoring, "sampling": bench_sampling}
     header("work", "peer", "time, peer / ours (range)", "peak memory, peer / ours", "ours", "difference", "aim")
-    for name, work in contests.items():
-        if name in names or not names:
-            work()
-    for name, work in {"growth": bench_growth, "gpu": bench_gpu}.items():
-        if name in names or not names:
+    for work in (bench_logprobs, bench_dpo, bench_scoring, bench_sampling, bench_growth, bench_gpu):
+        if not names or work.__name__.removeprefix("bench_") in names:
             work()
 
 
