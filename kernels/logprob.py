@@ -21,6 +21,7 @@ Shapes: B examples, T tokens, K turns, D hidden, V vocabulary, N agent tokens in
 each distinct prefix), C new tokens a row, S slots of the cache, L live branches.
 """
 import bisect
+import importlib.util
 import inspect
 import itertools
 import sys
@@ -79,12 +80,25 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None
 
 
+def _use_triton(hidden_ND, weight_VD):
+    if not hidden_ND.is_cuda or hidden_ND.dtype != weight_VD.dtype or hidden_ND.dtype == torch.float64:
+        return False
+    if importlib.util.find_spec("triton") is None:
+        _say_once("Triton is not installed; the head runs in plain PyTorch, a chunk of rows at a time")
+        return False
+    return True
+
+
 def token_logprobs(hidden_ND, weight_VD, targets_N, chunk=None):
     """Log-probability (nats) of each target token. Differentiable in hidden and weight; never holds N x V.
 
     hidden_ND: final hidden states; weight_VD: the head; targets_N: token ids. Returns logprobs_N in at least fp32.
-    chunk: rows at a time; as many as make 4 million logits unless given.
+    chunk: rows at a time; as many as make 4 million logits unless given. On CUDA this is a Triton kernel where Triton
+    is installed and the dtype is one that it takes.
     """
+    if chunk is None and _use_triton(hidden_ND, weight_VD):
+        from kernels.triton_logprob import fused_logprobs
+        return fused_logprobs(hidden_ND, weight_VD, targets_N)
     chunk = chunk or max(1, 2 ** 22 // len(weight_VD))
     return _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, chunk)
 

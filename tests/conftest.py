@@ -1,8 +1,12 @@
 """Fixtures: tiny random models in float32 and float64, the world's tokenizer, and dialogues written by hand."""
 import copy
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is imported
 
 from env import end_of_turn
 from worlds import backend as world

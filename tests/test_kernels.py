@@ -296,3 +296,96 @@ def test_bf16_shares_within_its_rounding(plain):
     ours, theirs = (f(lambda: turn_logprobs(model, lay_out(model, examples))[0]) for f in (lambda w: w(), plain))
     exact = turn_logprobs(copy.deepcopy(model).double(), collate(examples))[0]
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+
+
+# ------------------------------------------------------------------ the Triton kernel
+
+@pytest.fixture
+def fused():
+    """The fused kernel, on the CPU under Triton's interpreter with small blocks (as it is where there is a GPU)."""
+    kernel = pytest.importorskip("kernels.triton_logprob", reason="needs Triton (pip install triton)")
+    if not torch.cuda.is_available():
+        kernel.BLOCKS.update(BN=16, BV=32, BD=16)
+        kernel.SLICE = 96
+    return kernel.fused_logprobs
+
+
+def head_inputs(n, d, v, dtype, seed=0):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(rows, d, generator=generator).to(device, dtype) for rows in (n, v))
+    targets = torch.randint(v, (n,), generator=generator)
+    targets[-1] = v - 1  # the last token of the vocabulary, in the last tile
+    return hidden, weight, targets.to(device), torch.randn(n, generator=generator).to(device)
+
+
+def forward_and_gradients(logprobs, hidden, weight, targets, upstream):
+    hidden, weight = (t.detach().clone().requires_grad_() for t in (hidden, weight))
+    out = logprobs(hidden, weight, targets)
+    return out.detach(), *torch.autograd.grad((out * upstream.to(out.dtype)).sum(), (hidden, weight))
+
+
+def eager(hidden, weight, targets):
+    return (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)).log_softmax(-1).gather(
+        -1, targets[:, None]).squeeze(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n, d, v", [(1, 16, 33), (37, 50, 170), (16, 8, 32), (33, 17, 97), (5, 64, 300)])
+def test_triton_error_is_no_worse_than_eager(fused, n, d, v, dtype):
+    """Values and both gradients against float64, on shapes that fill no block: at most 1.5 times eager's own error
+    (root mean square)."""
+    inputs = head_inputs(n, d, v, dtype)
+    hidden, weight, targets, upstream = inputs
+    exact = forward_and_gradients(eager, hidden.double(), weight.double(), targets, upstream.double())
+    found, eagers = forward_and_gradients(fused, *inputs), forward_and_gradients(eager, *inputs)
+    for name, ours, theirs, want in zip(("logprobs", "grad hidden", "grad weight"), found, eagers, exact):
+        ours, theirs = ((value.double() - want).norm() for value in (ours, theirs))
+        half_a_digit = 6e-8 if dtype == torch.float32 else 2e-3  # one rounding: eager's may be 0 on a few numbers
+        assert ours <= 1.5 * theirs + half_a_digit * want.norm() * (n == 1), (name, float(ours), float(theirs))
+
+
+def test_triton_far_apart_logits_and_no_rows(fused):
+    """Logits of several hundred overflow nothing; no rows give no log-probs and zero gradients."""
+    hidden, weight, targets, upstream = head_inputs(9, 24, 70, torch.float32)
+    exact = forward_and_gradients(eager, 50 * hidden.double(), weight.double(), targets, upstream.double())
+    found = forward_and_gradients(fused, 50 * hidden, weight, targets, upstream)
+    assert exact[0].min() < -300
+    for ours, want in zip(found, exact):
+        assert torch.allclose(ours.double(), want, rtol=1e-5, atol=1e-4)
+    out, grad_hidden, grad_weight = forward_and_gradients(fused, hidden[:0], weight, targets[:0], upstream[:0])
+    assert out.shape == (0,) and grad_hidden.shape == (0, 24) and not grad_weight.any()
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_triton_with_a_frozen_input(fused, frozen):
+    hidden, weight, targets, upstream = head_inputs(9, 24, 70, torch.float32)
+    _, grad_hidden, grad_weight = forward_and_gradients(eager, hidden, weight, targets, upstream)
+    (hidden if frozen == "weight" else weight).requires_grad_()
+    (fused(hidden, weight, targets) * upstream).sum().backward()
+    free, want = (hidden, grad_hidden) if frozen == "weight" else (weight, grad_weight)
+    assert torch.allclose(free.grad, want, atol=1e-5)
+
+
+def test_triton_reads_tensors_that_are_not_contiguous(fused):
+    hidden, weight, targets, upstream = head_inputs(9, 24, 70, torch.float32)
+    want = forward_and_gradients(fused, hidden, weight, targets, upstream)
+    turned = forward_and_gradients(lambda h, w, y: fused(h.T.contiguous().T, w.T.contiguous().T, y), hidden, weight,
+                                   targets, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(want, turned))
+
+
+def test_a_whole_model_through_the_triton_kernel(fused, model, monkeypatch):
+    """turn_logprobs with the kernel in the place of plain PyTorch: the same sums and gradients."""
+    examples = [flat(d) for d in forest(model.config.vocab_size, (2, 1))]
+
+    def work():
+        sums, _ = turn_logprobs(model, lay_out(model, examples))
+        return sums, gradients(sums.sum() / 10, model)
+    sums, grads = work()
+    calls = []
+    monkeypatch.setattr("kernels.triton_logprob.fused_logprobs", lambda *a: calls.append(1) or fused(*a))
+    monkeypatch.setattr(logprob, "_use_triton", lambda *tensors: True)
+    others, want = work()
+    assert calls and torch.allclose(sums, others, atol=1e-4)
+    assert_same_gradients(grads, want, 1e-5)

@@ -1,0 +1,350 @@
+"""How fast the hot paths are, and how exact: ratios of time and memory against named peers, in one table.
+
+    python -m kernels.bench               everything that takes minutes: log-probs, DPO, scoring, sampling, growth, GPU
+    python -m kernels.bench dpo growth    some of it
+    python -m kernels.bench run           sweet.py with and without --plain (flags after it are handed on: run --smoke)
+
+A row is one contest: each contender does the same work on the same inputs, in turn, again and again, so that what else
+the machine is doing hits all alike; what counts is the median of (peer / ours) over the repeats. CPU times are CPU
+seconds of one thread. "difference" is the largest absolute difference between the peer's values and ours, in nats.
+Memory is the peak above what was there before. Peers: `pip install trl liger-kernel cut-cross-entropy torch==2.13.0`;
+what is not there, peer or GPU, is "not measured".
+
+Shapes: N agent tokens, D hidden, V vocabulary, B pairs.
+"""
+import copy
+import importlib.util
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+import actor
+from kernels.logprob import collate, lay_out, reference_sums, token_logprobs, turn_logprobs
+
+REPEATS = 7
+CUDA = torch.cuda.is_available()
+
+
+# ------------------------------------------------------------------ measuring
+
+def seconds(work):
+    """CPU seconds of one call."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def peak_megabytes(work):
+    """Peak resident memory of one call, above what was there before; None where the system does not tell (not Linux).
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+
+    def status(name):
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before
+
+
+def contest(title, ours, peers, target="", repeats=REPEATS, memory=False):
+    """Run ours and each peer (name -> function that returns its values, or None: not installed) in turn; print a row
+    for each."""
+    present = {"ours": ours, **{name: peer for name, peer in peers.items() if peer}}
+    values = {name: work().detach().float() for name, work in present.items()}  # the first call also warms up
+    times = {name: [] for name in present}
+    for _ in range(repeats):
+        for name, work in present.items():
+            times[name].append(seconds(work))
+    for name in peers:
+        if name not in present:
+            row(title, name, *["not measured"] * 4, target)
+            continue
+        ratios = sorted(theirs / mine for theirs, mine in zip(times[name], times["ours"]))
+        used = [peak_megabytes(present[who]) for who in (name, "ours")] if memory else [None]
+        row(title, name, f"{statistics.median(ratios):.1f}x ({ratios[0]:.1f} to {ratios[-1]:.1f})",
+            "" if None in used else f"{used[0] / used[1]:.1f}x ({used[0]:.0f} / {used[1]:.0f} MB)",
+            f"{1000 * statistics.median(times['ours']):.0f} ms",
+            f"{(values[name] - values['ours']).abs().max().item():.0e}" if values["ours"].dim() else "", target)
+
+
+def row(*cells):
+    print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
+
+
+def header(*names):
+    print()
+    row(*names)
+    row(*["---"] * len(names))
+
+
+def installed(module):
+    return importlib.util.find_spec(module) is not None
+
+
+# ------------------------------------------------------------------ inputs
+
+def llama(hidden=128, layers=4, vocab=8192, seed=0):
+    """A random Llama with heads of 64, as larger ones have."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=layers,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, max_position_embeddings=8192,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0)).eval()
+
+
+def ids(rng, n, vocab=8192):
+    return [rng.randrange(1, vocab) for _ in range(n)]
+
+
+def views(prompt, turns):
+    return [(prompt + turn, [0] * len(prompt) + [1] * len(turn)) for turn in turns]
+
+
+def eager(hidden_ND, weight_VD, targets_N):
+    """What one writes first."""
+    return (hidden_ND @ weight_VD.T).float().log_softmax(-1).gather(-1, targets_N[:, None]).squeeze(-1)
+
+
+def with_gradient(model, work):
+    """Run forward and backward; the value."""
+    model.zero_grad(set_to_none=True)
+    value = work()
+    value.sum().backward()
+    return value
+
+
+# ------------------------------------------------------------------ contests on the CPU
+
+def bench_logprobs():
+    """The head alone, forward and backward, on 2048 rows of which a fifth are the agent's."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2048, 256, generator=generator, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(32768, 256, generator=generator) / 16)
+    targets, agent = torch.randint(32768, (2048,), generator=generator), torch.arange(2048) % 5 == 0
+
+    def run(logprobs):
+        hidden.grad = weight.grad = None
+        value = logprobs()
+        value.sum().backward()
+        return value
+
+    contest("log-probs, 2048 x 32768 x 256",
+            lambda: run(lambda: token_logprobs(hidden[agent], weight, targets[agent])),
+            {"log_softmax().gather(), all rows": lambda: run(lambda: eager(hidden, weight, targets)[agent])},
+            "5x, memory 8x", memory=True)
+
+
+def trl_step(model, pairs, compact):
+    """A function that takes TRL's DPO step, forward and backward, and returns its loss. compact: reference precomputed
+    and only completion rows in the head, which TRL does by itself where it finds Triton."""
+    import datasets
+    import transformers
+    import trl
+    import trl.trainer.utils as trl_utils
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    from worlds.backend import make_tokenizer
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    text = datasets.Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
+    settings = trl.DPOConfig(output_dir=tempfile.mkdtemp(), beta=0.1, bf16=False, gradient_checkpointing=False,
+                             report_to=[], use_cpu=True, disable_tqdm=True)
+    policy = copy.deepcopy(model)
+    trainer = trl.DPOTrainer(policy, copy.deepcopy(model), args=settings, train_dataset=text,
+                             processing_class=make_tokenizer())
+    batch = DataCollatorForPreference(pad_token_id=0)([
+        {"prompt_ids": pair["prompt"], "chosen_ids": pair["turns"][0], "rejected_ids": pair["turns"][1],
+         **({"ref_chosen_logps": pair["ref_chosen"][0], "ref_rejected_logps": pair["ref_rejected"][0]}
+            if compact else {})} for pair in pairs])
+    if compact:
+        trainer.precompute_ref_logps = True
+
+    def step():
+        with mock.patch.object(trl_utils, "_use_triton", lambda device: compact):
+            return with_gradient(policy, lambda: trainer.compute_loss(policy, dict(batch)))[None]
+    return step
+
+
+def bench_dpo():
+    """One DPO step on four pairs with ragged prompts; the policy has already moved away from the reference."""
+    model = llama()
+    for length, targets in ((256, ("6x", "1.5x")), (1024, ("7x", "2x"))):
+        rng = random.Random(length)
+        pairs = [{"prompt": ids(rng, length - rng.randint(0, length // 4)),
+                  "turns": [ids(rng, rng.randint(16, 64)) for _ in range(2)]} for _ in range(4)]
+        for pair in pairs:
+            pair["chosen"], pair["rejected"] = views(pair["prompt"], pair["turns"])
+        for side in ("chosen", "rejected"):  # a reference of its own, so that the loss is not log 2
+            for pair, sums in zip(pairs, reference_sums(model, [pair[side] for pair in pairs])):
+                pair[f"ref_{side}"] = sums
+
+        def ours(pairs=pairs):
+            return with_gradient(model, lambda: actor.preference_loss(model, pairs, 0.1, 0.0)[0])[None]
+        for compact, name, target in ((False, "TRL DPOTrainer", targets[0]),
+                                      (True, "TRL, reference precomputed, rows compacted", targets[1])):
+            peer = trl_step(model, pairs, compact) if installed("trl") and installed("datasets") else None
+            contest(f"DPO step, prompt {length}", ours, {name: peer}, target)
+
+
+def bench_scoring():
+    """Log-probs of 16 candidates, no gradient; the peer runs the head on the same rows."""
+    model = llama()
+    for length, tokens, target in ((256, 8, "5x"), (256, 24, "5x"), (1024, 8, "12x"), (1024, 24, "12x")):
+        rng = random.Random(length)
+        candidates = views(ids(rng, length), [ids(rng, tokens) for _ in range(16)])
+        with torch.no_grad():
+            contest(f"16 candidates of {tokens} tokens, prefix {length}",
+                    lambda c=candidates: turn_logprobs(model, lay_out(model, c))[0],
+                    {"16 full sequences": lambda c=candidates: turn_logprobs(model, collate(c))[0]}, target)
+
+
+def bench_sampling():
+    """16 turns of 24 tokens after one prompt. Sampling has no common value to compare: the tests compare the tokens."""
+    from worlds.backend import make_tokenizer
+    model, tokenizer = llama(), make_tokenizer()
+    model.get_input_embeddings().weight.data[490:494] = 0.0  # the tokenizer's end tokens have no way to win
+    model.get_output_embeddings().weight.data[490:494] = -1.0
+    for length, target in ((64, "1.6x"), (256, "2.5x")):
+        prompt = ids(random.Random(length), length)
+
+        def generate(prompt=prompt):
+            out = model.generate(torch.tensor([prompt]), do_sample=True, top_k=0, num_return_sequences=16,
+                                 max_new_tokens=24, pad_token_id=0)
+            return torch.tensor(float(out.shape[1]))
+
+        def ours(prompt=prompt):
+            turns = actor.sample(model, tokenizer, [prompt] * 16, range(16), max_tokens=24)
+            return torch.tensor(float(max(map(len, turns))))
+        contest(f"sampling 16 turns, prefix {length}", ours, {"generate(num_return_sequences=16)": generate}, target)
+
+
+def bench_growth():
+    """Where cost should be flat, and where it should not."""
+    model, rng = llama(), random.Random(0)
+    header("scoring", "ours, ms", "full sequences, ms")
+    cases = [(256, n) for n in (1, 2, 4, 8, 16, 32, 64)] + [(length, 16) for length in (64, 256, 1024, 4096)]
+    for length, n in cases:
+        candidates = views(ids(rng, length), [ids(rng, 24) for _ in range(n)])
+        with torch.no_grad():
+            works = (lambda c=candidates: turn_logprobs(model, lay_out(model, c)),
+                     lambda c=candidates: turn_logprobs(model, collate(c)))
+            times = [[seconds(work) for work in works] for _ in range(3 if length < 4096 else 1)]
+        row(f"prefix {length}, candidates {n}", *(f"{1000 * statistics.median(column):.0f}" for column in zip(*times)))
+    header("head, 512 rows of 64, peak above the inputs and their gradients", "ours, MB", "log_softmax().gather(), MB")
+    for vocab in (8192, 32768, 131072):
+        hidden, weight = torch.randn(512, 64, requires_grad=True), torch.randn(vocab, 64, requires_grad=True)
+        targets = torch.randint(vocab, (512,))
+        works = (lambda h=hidden, w=weight, y=targets: token_logprobs(h, w, y).sum().backward(),
+                 lambda h=hidden, w=weight, y=targets: eager(h, w, y).sum().backward())
+        for work in works:
+            work()  # the gradients now exist
+        row(f"vocabulary {vocab}", *("" if mb is None else f"{mb:.0f}" for mb in map(peak_megabytes, works)))
+
+
+def bench_run(*flags):
+    """sweet.py from start to end, with and without --plain: CPU seconds, taken in turn."""
+    header("stages", "plain, s", "ours, s", "ratio")
+
+    def cpu(plain):
+        with tempfile.TemporaryDirectory() as folder:
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, "sweet.py", "--threads", "1", "--run", f"{folder}/run", *flags,
+                            *(["--plain"] if plain else [])], check=True, capture_output=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    for _ in range(2):
+        plain, ours = cpu(True), cpu(False)
+        row("python sweet.py " + " ".join(flags), f"{plain:.0f}", f"{ours:.0f}", f"{plain / ours:.2f}x")
+
+
+# ------------------------------------------------------------------ contest on a GPU
+
+def gpu_peers():
+    """name -> function(hidden, weight, targets) -> log-probs, or None where the package is missing."""
+    peers = {"naive": eager, "torch.compile(naive)": torch.compile(eager), "Liger": None, "cut-cross-entropy": None,
+             "TRL selective_log_softmax": None}
+    if installed("liger_kernel"):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+        peers["Liger"] = lambda h, w, y: -liger(h, w, y, reduction="none")
+    if installed("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy
+        peers["cut-cross-entropy"] = lambda h, w, y: -linear_cross_entropy(h, w, y, reduction="none")
+    if installed("trl"):
+        from trl.trainer.utils import selective_log_softmax
+        peers["TRL selective_log_softmax"] = lambda h, w, y: selective_log_softmax(h @ w.T, y)
+    return peers
+
+
+def gpu_cost(work):
+    """Milliseconds and peak GB above the inputs of one call, the median of several after a warm-up."""
+    times = []
+    for _ in range(3 + REPEATS):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[3:]), (torch.cuda.max_memory_allocated() - before) / 2 ** 30
+
+
+def bench_gpu():
+    """The head on the GPU, bf16, D 4096, V 128256, forward and backward."""
+    header("head on the GPU, N x 128256 x 4096, bf16", "contender", "ms", "peak GB", "of matmul peak", "difference")
+    if not CUDA:
+        return row("log-probs forward + backward", *["not measured"] * 5)
+    for n in (2048, 8192):
+        hidden = torch.randn(n, 4096, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        weight = (torch.randn(128256, 4096, device="cuda") / 64).bfloat16().requires_grad_()
+        targets = torch.randint(128256, (n,), device="cuda")
+        with torch.no_grad():  # forward and backward need three such products
+            product = gpu_cost(lambda h=hidden, w=weight: h @ w.T)[0]
+        want = token_logprobs(hidden, weight, targets).detach()
+        for name, peer in {"ours": token_logprobs, **gpu_peers()}.items():
+            def work(peer=peer, hidden=hidden, weight=weight, targets=targets):
+                hidden.grad = weight.grad = None
+                value = peer(hidden, weight, targets)
+                value.sum().backward()
+                return value.detach()
+            if peer is None:
+                row(f"N {n}", name, *["not measured"] * 4)
+                continue
+            milliseconds, peak = gpu_cost(work)
+            row(f"N {n}", name, f"{milliseconds:.1f}", f"{peak:.2f}", f"{3 * product / milliseconds:.0%}",
+                f"{(work().float() - want).abs().max().item():.0e}")
+
+
+def main(names):
+    torch.set_num_threads(1)
+    processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+                     platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
+    print(f"{processor}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start (we add one); "
+          f"torch {torch.__version__}; GPU: {torch.cuda.get_device_name() if CUDA else 'none'}")
+    if names[:1] == ["run"]:
+        return bench_run(*names[1:])
+    header("work", "peer", "time, peer / ours (range)", "peak memory, peer / ours", "ours", "difference", "aim")
+    for work in (bench_logprobs, bench_dpo, bench_scoring, bench_sampling, bench_growth, bench_gpu):
+        if not names or work.__name__.removeprefix("bench_") in names:
+            work()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
