@@ -240,9 +240,9 @@ def worker(uid):
     end_all(alone)
     if uid:
         os.chown(".", uid, uid)
-    elif os.path.exists("/proc/loadavg"):  # the limit counts all that the user runs: add that
-        with open("/proc/loadavg", encoding="ascii") as load:
-            processes += int(load.read().split("/")[1].split()[0])
+    for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") and not uid else ()):
+        with contextlib.suppress(OSError):  # the limit counts all that a user runs: add what is there already
+            processes += len(os.listdir(f"/proc/{name}/task")) * (os.stat(f"/proc/{name}").st_uid == os.getuid())
     doors()  # once here, so that no stem has to
     gc.freeze()
     control.send(b"A")

@@ -61,8 +61,6 @@ def test_every_program_of_the_corpus_gets_what_it_has_earned_and_harms_no_other(
     answers = [text for i, name in enumerate(names) for text in (PROGRAMS[name][1], f"{RIGHT}# neighbour {i}\n")]
     rewards = grade(answers, [SQUARE] * len(answers), **FAST, workers=2)
     earned = {name: PROGRAMS[name][0] for name in names if PROGRAMS[name][0] is not None}
-    if kind == "limits alone" and os.getuid() != 0:
-        del earned["fork_bomb"]  # without a user of its own it costs itself more calls than one
     assert len(names) >= 80
     assert {name: reward for name, reward in zip(names, rewards[::2]) if name in earned} == earned
     assert rewards[1::2] == [1.0] * len(names), "another program paid for it"
