@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from env import DialogueEnv, Task, control_tokens, end_of_turn, grade, render
+from env import DialogueEnv, Task, action_tokens, control_tokens, end_of_turn, grade, render
 from kernels.fit import arg, fit
 from kernels.logprob import collate, reference_sums, turn_logprobs
 
@@ -242,9 +242,7 @@ def turn_pairs(advantages, counts, n, rng):
 def turn_view(tokenizer, prompt, turn):
     """(input_ids, turn_ids) of one turn after its observation: only the turn's tokens have a turn number (1)."""
     prefix, _ = render(tokenizer, prompt)
-    ids = turn.get("output_ids")
-    if ids is None:
-        ids = render(tokenizer, [*prompt, {"role": "assistant", "content": turn["content"]}])[0][len(prefix):]
+    ids = action_tokens(tokenizer, turn)
     return prefix + ids, [0] * len(prefix) + [1] * len(ids)
 
 

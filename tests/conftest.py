@@ -83,3 +83,19 @@ def trajectories(tokenizer):
                                 "test_cases": {"test1": f"tidy_{topic}([3, 1, 2])"}},
                        "dialogue_history": messages, "answer": messages[-1]["content"], "reward": float(i % 2)})
     return result
+
+
+def byte_tokenizer(template, control=(), plain=(), eos=None, bos=None, **extra):
+    """A byte-level tokenizer with 256 letters and no merges: `control` are special tokens, `plain` added ones that are
+    not special (as <think> is in many families)."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    core.add_tokens([AddedToken(token, normalized=False) for token in plain])
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, bos_token=bos, **extra)
+    made.chat_template = template
+    return made
