@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from env import DialogueEnv, Task, action_tokens, control_tokens, end_of_turn, grade, render
+from env import DialogueEnv, InputError, Task, action_tokens, control_tokens, end_of_turn, grade, render
 from kernels.fit import arg, fit
 from kernels.logprob import collate, reference_sums, turn_logprobs
 
@@ -150,37 +150,41 @@ def turn_text(tokenizer, output_ids):
 
 
 def play_out(model, tokenizer, envs, human, keys, *, temperature=1.0, top_p=1.0, max_tokens=64):
-    """Play dialogues to their end, all in lock-step. envs: DialogueEnv after reset() or observe(); keys: a seed for
-    each.
+    """Play dialogues to their end, all in lock-step. envs: DialogueEnv in any state; keys: a seed for each. Where the
+    human leaves (replies None), the dialogue stays without an answer.
 
     Every agent turn keeps its `output_ids`, so that log-probs are of the tokens that were sampled, and, as in
     ColBench's format, `input` and `output` (the text that the model read and wrote).
     """
-    live = list(range(len(envs)))
+    live = [i for i, env in enumerate(envs) if env.answer is None]
     while live:
+        asked = [i for i in live if envs[i].messages[-1]["role"] == "assistant"]
+        for i, reply in zip(asked, human.reply([envs[i].task for i in asked], [envs[i].messages for i in asked])):
+            if reply is not None:
+                envs[i].observe(reply)
+        live = [i for i in live if envs[i].messages[-1]["role"] == "user"]
+        if not live:
+            break
         prompts = [render(tokenizer, envs[i].messages)[0] for i in live]
         turns = sample(model, tokenizer, prompts, [(keys[i], envs[i].turns) for i in live], temperature=temperature,
                        top_p=top_p, max_tokens=max_tokens)
-        going = []
         for i, prompt, output_ids in zip(live, prompts, turns):
-            text = turn_text(tokenizer, output_ids)
             texts = {"input": tokenizer.decode(prompt), "output": tokenizer.decode(output_ids)}
-            if not envs[i].step(text, **texts, output_ids=output_ids):
-                going.append(i)
-        for i, reply in zip(going, human.reply([envs[i].task for i in going], [envs[i].messages for i in going])):
-            envs[i].observe(reply)
-        live = going
+            envs[i].step(turn_text(tokenizer, output_ids), **texts, output_ids=output_ids)
+        live = [i for i in live if envs[i].answer is None]
 
 
 def play_tasks(model, tokenizer, tasks, human, keys, cfg, **decoding):
-    """Play a dialogue on each task to its end and grade it: a list of trajectories in ColBench's format."""
+    """Play a dialogue on each task to its end and grade it: a list of trajectories in ColBench's format, None for one
+    that the human left."""
     envs = [DialogueEnv(cfg.max_turns) for _ in tasks]
     for env, task in zip(envs, tasks):
         env.reset(task)
     play_out(model, tokenizer, envs, human, keys, max_tokens=cfg.max_tokens, **decoding)
-    rewards = grade([env.answer for env in envs], tasks)
-    return [{"task": env.task.to_record(), "dialogue_history": env.messages, "answer": env.answer, "reward": reward}
-            for env, reward in zip(envs, rewards)]
+    ended = [env for env in envs if env.answer is not None]
+    rewards = dict(zip(map(id, ended), grade([env.answer for env in ended], [env.task for env in ended])))
+    return [{"task": env.task.to_record(), "dialogue_history": env.messages, "answer": env.answer,
+             "reward": rewards[id(env)]} if id(env) in rewards else None for env in envs]
 
 
 def bare(messages):
@@ -212,11 +216,10 @@ def play_on(model, tokenizer, states, human, n, cfg, seed):
                 env.step(candidate["content"], output_ids=candidate["output_ids"])
                 envs.append(env)
                 keys.append((seed, "play on", s, c, k))
-    going = [i for i, env in enumerate(envs) if env.answer is None]
-    for i, reply in zip(going, human.reply([envs[i].task for i in going], [envs[i].messages for i in going])):
-        envs[i].observe(reply)
-    for part in (going[i:i + 512] for i in range(0, len(going), 512)):
-        play_out(model, tokenizer, [envs[i] for i in part], human, [keys[i] for i in part], max_tokens=cfg.max_tokens)
+    for i in range(0, len(envs), 512):
+        play_out(model, tokenizer, envs[i:i + 512], human, keys[i:i + 512], max_tokens=cfg.max_tokens)
+    if any(env.answer is None for env in envs):
+        raise InputError("the human left; the same command starts this stage again")
     rewards = iter(grade([env.answer for env in envs], [env.task for env in envs]))
     for candidate in (c for state in states for c in state["candidates"]):
         candidate["returns"] = [next(rewards) for _ in range(n)]

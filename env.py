@@ -98,12 +98,25 @@ class JsonlWriter:
 
 
 def write_groups(path, items, size, make, label):
-    """Write make(items[i:i + size], i), one record an item, group by group, with a bar; goes on at a whole group."""
+    """Write make(items[i:i + size], i), one record an item, group by group, with a bar; goes on at a whole group.
+
+    A record that is None could not be made now: the group's others are kept aside, the missing ones are listed there
+    and in the InputError, and the next call asks for those alone.
+    """
     writer = JsonlWriter(path, size)
     with tqdm(total=len(items), initial=writer.done, desc=f"{label:>12}", mininterval=0.5) as bar:
         for i in range(writer.done, len(items), size):
-            records = make(items[i:i + size], i)
+            part, aside = items[i:i + size], Path(f"{path}.unfinished")
+            records = json.loads(aside.read_text(encoding="utf-8"))["records"] if aside.exists() else [None] * len(part)
+            todo = [j for j, record in enumerate(records) if record is None]
+            for j, record in zip(todo, make([part[j] for j in todo], i)):
+                records[j] = record
+            if missing := [part[j] for j in todo if records[j] is None]:
+                write_json(aside, {"missing": missing, "records": records})
+                raise InputError(f"{aside}: {len(missing)} of {len(part)} unfinished: {', '.join(map(str, missing))}; "
+                                 "the others are kept there, and the same command goes on with these")
             writer.write(records)
+            aside.unlink(missing_ok=True)
             bar.update(len(records))
             if "reward" in records[0]:
                 bar.set_postfix(reward=f"{sum(r['reward'] for r in records) / len(records):.3f}", refresh=False)

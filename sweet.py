@@ -48,6 +48,7 @@ import critic
 import report
 from env import ANSWER_MARKER, DialogueEnv, InputError, JsonlWriter, Task
 from env import grade, load_tasks, read_jsonl, render, write_groups, write_json
+from kernels.endpoint import Server
 from kernels.fit import arg, load_model, save_to
 from simulator import ConsoleHuman, make_human
 from worlds import backend as world
@@ -71,7 +72,7 @@ class Credit:
 
 GROUPS = {"base": world.Base, "rollout": actor.Rollout, "pairs": critic.Pairs, "critic": critic.Critic,
           "candidates": actor.Candidates, "actor": actor.Actor, "rft": actor.Rft, "multiturn": actor.Multiturn,
-          "eval": Eval, "credit": Credit}
+          "eval": Eval, "credit": Credit, "human": Server}
 SMOKE = {"base": {"documents": 7000, "epochs": 1}, "rollout": {"tasks": 60}, "critic": {"epochs": 1},
          "candidates": {"states": 60, "n": 8}, "actor": {"epochs": 1}, "rft": {"epochs": 1}, "multiturn": {"epochs": 1},
          "eval": {"tasks": 40}, "credit": {"states": 30, "monte_carlo_states": 4, "monte_carlo_rollouts": 8}}
@@ -99,7 +100,9 @@ class Run:
         """Refuse to mix: compare the settings that `stage` stands on with those its files were begun with."""
         mine = {"seed": self.seed, "model": self.options.model}
         if stage != "base":
-            mine |= {"tasks": self.options.tasks, "human": self.options.human}
+            human = self.options.human  # a server may move to another address, its model may not change
+            human = f"server: {self.settings['human'].model}" if "://" in human else human
+            mine |= {"tasks": self.options.tasks, "human": human}
         for name in STAGES[stage].needs:
             mine |= {f"{name}.{key}": value for key, value in dataclasses.asdict(self.settings[name]).items()}
         file = self.path(STAGES[stage].output).parent / "settings" / f"{stage}.json"
@@ -117,7 +120,7 @@ class Run:
         return load_model(path, self.options.device)
 
     def human(self):
-        return make_human(self.options.human, world.respond, self.seed, self.options.human_model, self.options.device)
+        return make_human(self.options.human, world.respond, self.seed, self.settings["human"], self.options.device)
 
     def tasks(self, file, n, split):
         return load_tasks(file) if file else world.make_tasks(n, self.seed, split)
@@ -392,7 +395,6 @@ def parser():
     top.add_argument("--tasks", help="training tasks: a ColBench file (default: the small world's)")
     top.add_argument("--heldout", dest="eval_tasks", help="held-out tasks: a ColBench file")
     top.add_argument("--human", default="scripted", help="scripted | URL | module:Class | a model's directory or name")
-    top.add_argument("--human-model", help="the model to ask for at a URL")
     top.add_argument("--device", default="cpu", help="cpu, cuda or mps (default cpu)")
     top.add_argument("--threads", type=int, default=2, help="threads of torch (default 2; table: 1)")
     top.add_argument("--seeds", type=int, default=5, help="table: number of seeds (default 5)")

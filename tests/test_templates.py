@@ -285,8 +285,8 @@ EXPECTED = {
     "gptoss": "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\nKnowledge "
               "cutoff: 2024-06\nCurrent date: 2024-07-26\n\nReasoning: medium\n\n# Valid channels: analysis, "
               "commentary, final. Channel must be included for every message.<|end|><|start|>user<|message|>U1<|end|>"
-              "<|start|>assistant<|channel|>final<|message|>A1<|return|><|start|>user<|message|>U2<|end|><|start|>assistant<|channel|>"
-              "final<|message|>A2<|return|>",
+              "<|start|>assistant<|channel|>final<|message|>A1<|return|>"
+              "<|start|>user<|message|>U2<|end|><|start|>assistant<|channel|>final<|message|>A2<|return|>",
     # a turn ends where the human's begins
     "glm4moe": "[gMASK]<sop><|user|>\nU1<|assistant|>\n<think></think>\nA1<|user|>\nU2<|assistant|>\n<think></think>"
                "\nA2<|user|>",
