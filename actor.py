@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from env import DialogueEnv, InputError, Task, action_tokens, control_tokens, end_of_turn, grade, render
-from kernels.fit import arg, fit
+from kernels.fit import arg, check_context, fit
 from kernels.logprob import collate, reference_sums, turn_logprobs
 
 
@@ -113,6 +113,7 @@ def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_t
     eot, prompts = end_of_turn(tokenizer), [tuple(prompt) for prompt in prompts]
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     distinct, width = list(place), max(map(len, place))  # the candidates of one state share its prompt: read it once
+    check_context(model, width + max_tokens, "a dialogue with its next turn")
     control = torch.tensor(control_tokens(tokenizer), device=model.device)
     ids = torch.tensor([(eot,) * (width - len(p)) + p for p in distinct], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in distinct], device=model.device)
@@ -187,6 +188,13 @@ def play_tasks(model, tokenizer, tasks, human, keys, cfg, **decoding):
              "reward": rewards[id(env)]} if id(env) in rewards else None for env in envs]
 
 
+def check_tasks(model, tokenizer, tasks, cfg):
+    """InputError, before any work, where a task's first prompt, with c, is too long for the model."""
+    for i, task in enumerate(tasks):
+        ids, _ = render(tokenizer, DialogueEnv(cfg.max_turns).reset(task), task.ground_truth)
+        check_context(model, len(ids) + cfg.max_tokens, f"task {i + 1}, its reference and one turn")
+
+
 def bare(messages):
     """Messages as a model needs them: without the texts that trajectories keep for the reader."""
     return [{key: value for key, value in message.items() if key not in ("input", "output")} for message in messages]
@@ -198,9 +206,21 @@ def sample_candidates(model, tokenizer, states, keys, n, max_tokens):
     prompts = [render(tokenizer, state["messages"])[0] for state in states for _ in range(n)]
     turns = sample(model, tokenizer, prompts, [(*key, k) for key in keys for k in range(n)], max_tokens=max_tokens)
     for i, state in enumerate(states):
-        counts = Counter(tuple(turn) for turn in turns[i * n:(i + 1) * n] if turn)
-        state["candidates"] = [{"content": turn_text(tokenizer, list(turn)), "output_ids": list(turn), "count": count}
-                               for turn, count in counts.items()]
+        state["candidates"] = distinct(tokenizer, turns[i * n:(i + 1) * n])
+
+
+def distinct(tokenizer, turns):
+    """Sampled turns (lists of token ids) as candidates: each different one once, with how often it was sampled."""
+    return [{"content": turn_text(tokenizer, list(turn)), "output_ids": list(turn), "count": count}
+            for turn, count in Counter(tuple(turn) for turn in turns if turn).items()]
+
+
+def adopt_candidates(tokenizer, states):
+    """The same from turns that were sampled elsewhere: texts, or {"content"} with or without "output_ids", "count"."""
+    for state in states:
+        turns = [{"content": c} if isinstance(c, str) else c for c in state["candidates"]]
+        state["candidates"] = distinct(tokenizer, [action_tokens(tokenizer, c) for c in turns
+                                                   for _ in range(c.get("count", 1))])
 
 
 def play_on(model, tokenizer, states, human, n, cfg, seed):

@@ -106,7 +106,7 @@ def write_groups(path, items, size, make, label):
     writer = JsonlWriter(path, size)
     with tqdm(total=len(items), initial=writer.done, desc=f"{label:>12}", mininterval=0.5) as bar:
         for i in range(writer.done, len(items), size):
-            part, aside = items[i:i + size], Path(f"{path}.unfinished")
+            part, aside = items[i:i + size], Path(f"{path}.{i}-{min(i + size, len(items))}.unfinished")
             records = json.loads(aside.read_text(encoding="utf-8"))["records"] if aside.exists() else [None] * len(part)
             todo = [j for j, record in enumerate(records) if record is None]
             for j, record in zip(todo, make([part[j] for j in todo], i)):
@@ -164,12 +164,28 @@ class Task:
         return cls(**values, extra={name: value for name, value in record.items() if name not in known})
 
 
-def load_tasks(path):
-    """Read a ColBench task file. InputError on a missing file or field, a broken line, or no task at all."""
-    tasks = [Task.from_record(record, f"{path}, line {number}") for number, record in read_jsonl(path)]
+def load_tasks(path, required=()):
+    """Read a ColBench task file. required: fields that the task at hand needs (test_cases: a file of web pages has
+    none). InputError on a missing file or field, a broken line, or no task at all."""
+    tasks = [Task.from_record(record, f"{path}, line {number}") for number, record in read_jsonl(path, required)]
     if not tasks:
         raise InputError(f"{path}: holds no task; expected a line with problem_description and ground_truth for each")
     return tasks
+
+
+def read_trajectories(path):
+    """Yield ColBench's offline dialogues one at a time, without what this project does not read (the prompt that is
+    repeated with every turn is most of such a file). InputError on what is no graded dialogue."""
+    for number, record in read_jsonl(path, ("task", "dialogue_history", "reward")):
+        where, history, reward = f"{path}, line {number}", record["dialogue_history"], record["reward"]
+        if isinstance(reward, bool) or not isinstance(reward, (int, float)):
+            raise InputError(f"{where}: field 'reward' should be a number, is {reward!r:.40}")
+        roles = [message.get("role") for message in history]
+        if len(roles) < 2 or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
+            raise InputError(f"{where}: field 'dialogue_history' should alternate user and assistant, is {roles!r:.80}")
+        history = [{key: m[key] for key in ("role", "content", "output_ids") if key in m} for m in history]
+        yield {"task": Task.from_record(record["task"], where).to_record(), "dialogue_history": history,
+               "reward": float(reward)}
 
 
 # ------------------------------------------------------------------ dialogue

@@ -88,9 +88,9 @@ def prompt_for(task, dialogue):
 class ModelHuman(Human):
     """A causal language model from a Hugging Face directory or name, decoded greedily, one dialogue after the other."""
 
-    def __init__(self, path, device="cpu", max_tokens=128):
+    def __init__(self, path, machine=None, max_tokens=128):
         from kernels.fit import load_model
-        self.model, self.tokenizer = load_model(path, device)
+        self.model, self.tokenizer = load_model(path, machine)
         self.max_tokens = max_tokens
 
     def reply(self, tasks, dialogues):
@@ -121,7 +121,7 @@ class EndpointHuman(Human):
         return [text if text is None else cut(text, task) or NO_PREFERENCE for text, task in zip(replies, tasks)]
 
 
-def make_human(spec, respond=None, seed=0, cfg=None, device="cpu"):
+def make_human(spec, respond=None, seed=0, cfg=None, machine=None):
     """The human that `--human` names: scripted | me | URL | module:Class | a model's directory or name."""
     if spec == "scripted":
         return ScriptedHuman(respond, seed)
@@ -135,4 +135,4 @@ def make_human(spec, respond=None, seed=0, cfg=None, device="cpu"):
             return getattr(importlib.import_module(module), name)()
         except (ImportError, AttributeError) as error:
             raise InputError(f"--human {spec}: {error}; expected module:Class, importable from here") from None
-    return ModelHuman(spec, device)
+    return ModelHuman(spec, machine)

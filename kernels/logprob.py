@@ -16,6 +16,8 @@ Shapes: B batch, T tokens, K turns, D hidden, V vocabulary, N agent tokens in th
 import torch
 from tqdm import tqdm
 
+from kernels.fit import check_context
+
 
 class _TokenLogprobs(torch.autograd.Function):
     """log softmax(h W^T)[y], a chunk of rows at a time, with the gradient written out:
@@ -126,6 +128,7 @@ def reference_sums(model, examples, batch_tokens=16384, label=None):
     model is ever in memory), and for ranking. Examples of like length share a batch; the result does not depend on
     it.
     """
+    check_context(model, max((len(ids) for ids, _ in examples), default=0), "the longest of these dialogues")
     order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
     sums = [None] * len(examples)
     with tqdm(total=len(examples), desc=f"{label or '':>12}", disable=label is None, mininterval=0.5) as bar:

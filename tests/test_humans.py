@@ -201,7 +201,7 @@ def test_a_server_that_dies_for_good_and_comes_back(server, material, calm, prox
     few = ("--human-retries", "1", "--human-parallel", "2")
     done = rollout(tmp_path, material, proxy.url, server[1], *few)
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    aside = json.loads((tmp_path / "trajectories.jsonl.unfinished").read_text())
+    aside = json.loads((tmp_path / "trajectories.jsonl.0-12.unfinished").read_text())
     finished = [record for record in aside["records"] if record]
     assert 0 < len(finished) < 12 and len(aside["missing"]) == 12 - len(finished)
     assert [a == b for a, b in zip(aside["records"], whole)] == [record is not None for record in aside["records"]]
@@ -211,7 +211,7 @@ def test_a_server_that_dies_for_good_and_comes_back(server, material, calm, prox
 
     again = rollout(tmp_path, material, proxy.url, server[1], *few)  # still dead: known at once, nothing is lost
     assert again.returncode != 0 and "onnection" in again.stderr.strip().splitlines()[-1]
-    assert json.loads((tmp_path / "trajectories.jsonl.unfinished").read_text()) == aside
+    assert json.loads((tmp_path / "trajectories.jsonl.0-12.unfinished").read_text()) == aside
 
     alive = proxied(lambda *_: None, server[0], port=port)
     done = rollout(tmp_path, material, alive.url, server[1], *few)
