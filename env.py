@@ -152,11 +152,11 @@ class Task:
                 "test_cases": self.test_cases, **self.extra}
 
     @classmethod
-    def from_record(cls, record, where="task"):
+    def from_record(cls, record, where="task", optional=("test_cases",)):
         """Read ColBench's record. InputError, naming `where`, when a field is missing or of the wrong kind."""
         known = {"problem_description": str, "ground_truth": str, "test_cases": dict}
         for name, kind in known.items():
-            if name not in record and name != "test_cases":
+            if name not in record and name not in optional:
                 raise InputError(f"{where}: field '{name}' is missing; found {sorted(record)[:8]}")
             if not isinstance(record.get(name, kind()), kind):
                 raise InputError(f"{where}: field '{name}' should be a {kind.__name__}, is {record[name]!r:.40}")
@@ -164,10 +164,10 @@ class Task:
         return cls(**values, extra={name: value for name, value in record.items() if name not in known})
 
 
-def load_tasks(path, required=()):
-    """Read a ColBench task file. required: fields that the task at hand needs (test_cases: a file of web pages has
-    none). InputError on a missing file or field, a broken line, or no task at all."""
-    tasks = [Task.from_record(record, f"{path}, line {number}") for number, record in read_jsonl(path, required)]
+def load_tasks(path, optional=("test_cases",)):
+    """Read a ColBench task file. optional: fields that the task at hand can do without (a file of web pages has no
+    test_cases). InputError on a missing file or field, a broken line, or no task at all."""
+    tasks = [Task.from_record(record, f"{path}, line {number}", optional) for number, record in read_jsonl(path)]
     if not tasks:
         raise InputError(f"{path}: holds no task; expected a line with problem_description and ground_truth for each")
     return tasks

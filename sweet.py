@@ -49,7 +49,7 @@ import report
 from env import ANSWER_MARKER, DialogueEnv, InputError, JsonlWriter, Task
 from env import grade, load_tasks, read_jsonl, read_trajectories, render, write_groups, write_json
 from kernels.endpoint import Server
-from kernels.fit import Given, Machine, arg, load_model, save_to
+from kernels.fit import ONE_GPU, Given, Machine, arg, load_model, save_to
 from simulator import ConsoleHuman, make_human
 from worlds import backend as world
 
@@ -397,8 +397,8 @@ def parser():
     top.add_argument("--run", default="runs/default", help="folder of the run (default runs/default or runs/smoke)")
     top.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
     top.add_argument("--smoke", action="store_true", help="everything in miniature")
-    top.add_argument("--preset", choices=["small", "paper"], default="small",
-                     help="defaults: those of the small world or the paper's")
+    top.add_argument("--preset", choices=["small", "paper", "one-gpu"], default="small",
+                     help="defaults: those of the small world, the paper's, or a small run on one GPU")
     top.add_argument("--threads", type=int, default=2, help="threads of torch (default 2; table: 1)")
     top.add_argument("--seeds", type=int, default=5, help="table: number of seeds (default 5)")
     top.add_argument("--jobs", type=int, default=2, help="table: seeds that run at the same time (default 2)")
@@ -418,15 +418,12 @@ def settings_of(options):
     """The hyper-parameters: flags over --smoke over --preset over the defaults."""
     settings = {}
     for group, kind in GROUPS.items():
-        values = {}
-        for f in dataclasses.fields(kind):
-            if options.preset == "paper" and f.metadata["paper"] is not None:
-                values[f.name] = f.metadata["paper"]
-            if options.smoke and f.name in SMOKE.get(group, {}):
-                values[f.name] = SMOKE[group][f.name]
-            if getattr(options, f"{group}.{f.name}") is not None:
-                values[f.name] = getattr(options, f"{group}.{f.name}")
-        settings[group] = kind(**values)
+        fields, values = dataclasses.fields(kind), ONE_GPU.get(group, {}) if options.preset == "one-gpu" else {}
+        if options.preset == "paper":
+            values = {f.name: f.metadata["paper"] for f in fields if f.metadata["paper"] is not None}
+        flags = {f.name: getattr(options, f"{group}.{f.name}") for f in fields}
+        flags = {name: value for name, value in flags.items() if value is not None}
+        settings[group] = kind(**{**values, **(SMOKE.get(group, {}) if options.smoke else {}), **flags})
     return settings
 
 
@@ -439,7 +436,7 @@ def main(argv=None):
     run = Run(options, settings_of(options))
     try:
         for file in filter(None, (run.given.tasks, run.given.heldout)):
-            load_tasks(file, ("test_cases",))  # bad input is known before any long work starts
+            load_tasks(file, optional=())  # bad input is known before any long work starts
         if options.stage == "table":
             return table([a for a in argv if a != "table"], options)
         if options.stage == "play":

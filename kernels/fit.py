@@ -57,6 +57,16 @@ class Machine:
     rows: int = arg(512, "dialogues that are sampled side by side", flag="rows")
 
 
+# --preset one-gpu: real models at a small scale, with adapters. Memory and time: docs/memory.md. Not tuned.
+ONE_GPU = {
+    "machine": {"device": "cuda", "dtype": "bfloat16", "lora": 16, "checkpointing": True, "micro_batch": 1, "rows": 64},
+    "rollout": {"tasks": 1000, "per_task": 4, "max_turns": 10, "max_tokens": 512}, "pairs": {"per_task": 2},
+    "critic": {"lr": 1e-5, "beta": 0.1, "nll": 0.01, "epochs": 2}, "candidates": {"states": 1000},
+    "actor": {"lr": 1e-5, "beta": 0.1, "nll": 0.01, "batch_size": 8, "epochs": 1},
+    "rft": {"lr": 1e-5, "epochs": 2}, "multiturn": {"lr": 1e-5, "beta": 0.1, "nll": 0.01, "epochs": 2},
+    "eval": {"tasks": 200}, "credit": {"states": 40, "monte_carlo_states": 0}}
+
+
 def load_model(path, cfg=None, train=False, seed=0):
     """A causal language model and its tokenizer from a Hugging Face directory or name. cfg: a Machine; train: with
     adapters and activation checkpointing, if cfg says so. InputError, in one line, on what cannot work."""
@@ -196,7 +206,8 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *, label="fit", warmup=0
     plan = list(batches_of(len(examples), cfg.batch_size, cfg.epochs, seed, sizes))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = torch.nn.ParameterList(p if p.dtype.itemsize >= 4 else p.detach().float() for p in learning)
-    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0,
+                                  fused=weights[0].is_cuda or None)  # fused: without a third copy of the gradients
     warm = max(1, round(warmup * len(plan)))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, (len(plan) - step) / max(1, len(plan) - warm)))
