@@ -101,11 +101,12 @@ class Run:
     def claim(self, stage):
         """Refuse to mix: compare the settings that `stage` stands on with those its files were begun with."""
         mine = {"seed": self.seed, **{key: getattr(self.machine, key) for key in ("dtype", "attention", "lora")}}
-        mine |= {key: value or None for key, value in dataclasses.asdict(self.given).items() if key != "heldout"}
-        if "://" in self.given.human:  # a server may move to another address, its model may not change
-            mine["human"] = f"server: {self.settings['human'].model}"
         for name in STAGES[stage].needs:
-            mine |= {f"{name}.{key}": value for key, value in dataclasses.asdict(self.settings[name]).items()}
+            group, _, one = name.partition(".")
+            values = dataclasses.asdict(self.settings[group])
+            mine |= {one: values[one] or None} if one else {f"{group}.{key}": v for key, v in values.items()}
+        if "://" in (mine.get("human") or ""):  # a server may move to another address, its model may not change
+            mine["human"] = f"server: {self.settings['human'].model}"
         file = self.path(STAGES[stage].output).parent / "settings" / f"{stage}.json"
         if file.exists():
             theirs = json.loads(file.read_text(encoding="utf-8"))
@@ -303,8 +304,8 @@ def stage_report(run):
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage runs and leaves behind, the stages it reads from, and the hyper-parameters that it adds to
-    theirs."""
+    """What a stage runs and leaves behind, the stages it reads from, and the hyper-parameters (whole groups, or one
+    as group.name) that it adds to theirs."""
     work: object
     output: str
     after: tuple = ()
@@ -316,17 +317,18 @@ class Stage:
 
 
 STAGES = {
-    "base": Stage(stage_base, "base", (), ("base",)),
-    "rollout": Stage(stage_rollout, "trajectories.jsonl", ("base",), ("rollout",)),
+    "base": Stage(stage_base, "base", (), ("base", "given.model")),
+    "rollout": Stage(stage_rollout, "trajectories.jsonl", ("base",),
+                     ("rollout", "given.tasks", "given.human", "given.trajectories")),
     "critic": Stage(stage_critic, "critic", ("rollout",), ("pairs", "critic")),
-    "samples": Stage(stage_samples, "samples.jsonl", ("rollout",), ("candidates",)),
+    "samples": Stage(stage_samples, "samples.jsonl", ("rollout",), ("candidates", "given.candidates")),
     "candidates": Stage(stage_candidates, "candidates.jsonl", ("samples", "critic")),
     "pairs": Stage(stage_pairs, "pairs.jsonl", ("candidates",)),
     "actor": Stage(stage_actor, "actor", ("pairs",), ("actor",)),
     "rft": Stage(stage_rft, "rft", ("rollout",), ("rft",)),
     "multiturn": Stage(stage_multiturn, "multiturn", ("rollout",), ("pairs", "multiturn")),
-    "eval": Stage(stage_eval, "eval.jsonl", ("actor", "rft", "multiturn"), ("eval",)),
-    "credit": Stage(stage_credit, "credit.json", ("critic",), ("eval", "candidates", "credit")),
+    "eval": Stage(stage_eval, "eval.jsonl", ("actor", "rft", "multiturn"), ("eval", "given.heldout")),
+    "credit": Stage(stage_credit, "credit.json", ("critic",), ("eval", "given.heldout", "candidates", "credit")),
     "report": Stage(stage_report, "report.html", ("eval", "credit")),
 }
 

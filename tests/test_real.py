@@ -171,6 +171,11 @@ def test_candidates_from_elsewhere(finished, agent, tmp_path):
         assert all(c["output_ids"][-1] == end_of_turn(tokenizer) for c in state["candidates"])
         assert state["who"] == "vLLM"
     assert (tmp_path / "run/pairs.jsonl").stat().st_size > 0
+    more = ["--run", tmp_path / "run", "--model", agent, "--trajectories", finished / "offline.jsonl", *FEW]
+    before = (tmp_path / "run/critic/log.json").stat().st_mtime_ns
+    sweet("critic", *more)  # which does not depend on the candidates
+    assert (tmp_path / "run/critic/log.json").stat().st_mtime_ns == before
+    assert "candidates" in complaint("pairs", *more)
 
 
 # ------------------------------------------------------------------ trajectories in the official format
