@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from env import DialogueEnv, InputError, Task, action_tokens, control_tokens, end_of_turn, grade, render
 from kernels.fit import arg, check_context, fit
-from kernels.logprob import collate, reference_sums, turn_logprobs
+from kernels.logprob import branches, lay_out, reference_sums, turn_logprobs
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Rollout:
     max_turns: int = arg(4, "turns of a dialogue, the answer included", 10)
     max_tokens: int = arg(48, "tokens of a turn at most")
     temperature: float = arg(1.0, "sampling temperature of the offline dialogues")
+    call_seconds: float = arg(1.0, "seconds that a test call of an answer may run")
 
 
 @dataclass(frozen=True)
@@ -111,36 +112,22 @@ def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_t
     when the turn was cut off at max_tokens or at a control token that has no place in a turn, without it. keys: what
     each row's randomness is seeded with, any value with a repr."""
     eot, prompts = end_of_turn(tokenizer), [tuple(prompt) for prompt in prompts]
-    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    distinct, width = list(place), max(map(len, place))  # the candidates of one state share its prompt: read it once
-    check_context(model, width + max_tokens, "a dialogue with its next turn")
+    check_context(model, max(map(len, prompts)) + max_tokens, "a dialogue with its next turn")
     control = torch.tensor(control_tokens(tokenizer), device=model.device)
-    ids = torch.tensor([(eot,) * (width - len(p)) + p for p in distinct], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in distinct], device=model.device)
-    copies = torch.tensor([place[p] for p in prompts], device=model.device)
     noise_BT = noise(keys, max_tokens).to(model.device)
-    rows = torch.arange(len(prompts), device=model.device)  # which prompt each live row of the batch belongs to
-    turns, cache = [[] for _ in prompts], None
+    live = torch.arange(len(prompts), device=model.device)  # the prompts whose turn is not over
+    token_B = torch.tensor([prompt[-1] for prompt in prompts], device=model.device)
+    turns, growing = [[] for _ in prompts], branches(model, prompts)
     for step in range(max_tokens):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-                    logits_to_keep=1)
-        logits_BV, cache = out.logits[:, -1], out.past_key_values
-        if step == 0:
-            logits_BV, mask = logits_BV[copies], mask[copies]
-            cache.batch_select_indices(copies)
-        token_B = pick(logits_BV, noise_BT[rows, step], temperature, top_p)
+        token_B = pick(growing.step(live, token_B), noise_BT[live, step], temperature, top_p)
         cut_off = torch.isin(token_B, control)
-        for row, token, cut in zip(rows.tolist(), token_B.tolist(), cut_off.tolist()):
+        for row, token, cut in zip(live.tolist(), token_B.tolist(), cut_off.tolist()):
             if not cut:
                 turns[row].append(token)
-        live = ~(cut_off | (token_B == eot))
-        if not live.any():
+        going = ~(cut_off | (token_B == eot))
+        if not going.any():
             break
-        rows, token_B, mask = rows[live], token_B[live], mask[live]
-        if not live.all():
-            cache.batch_select_indices(live.nonzero().squeeze(-1))  # finished rows leave the batch
-        ids, mask = token_B[:, None], torch.cat([mask, mask.new_ones(len(rows), 1)], -1)
+        live, token_B = live[going], token_B[going]
     return turns
 
 
@@ -183,7 +170,8 @@ def play_tasks(model, tokenizer, tasks, human, keys, cfg, **decoding):
         env.reset(task)
     play_out(model, tokenizer, envs, human, keys, max_tokens=cfg.max_tokens, **decoding)
     ended = [env for env in envs if env.answer is not None]
-    rewards = dict(zip(map(id, ended), grade([env.answer for env in ended], [env.task for env in ended])))
+    rewards = grade([env.answer for env in ended], [env.task for env in ended], cfg.call_seconds)
+    rewards = dict(zip(map(id, ended), rewards))
     return [{"task": env.task.to_record(), "dialogue_history": env.messages, "answer": env.answer,
              "reward": rewards[id(env)]} if id(env) in rewards else None for env in envs]
 
@@ -240,7 +228,7 @@ def play_on(model, tokenizer, states, human, n, cfg, seed):
         play_out(model, tokenizer, envs[i:i + 512], human, keys[i:i + 512], max_tokens=cfg.max_tokens)
     if any(env.answer is None for env in envs):
         raise InputError("the human left; the same command starts this stage again")
-    rewards = iter(grade([env.answer for env in envs], [env.task for env in envs]))
+    rewards = iter(grade([env.answer for env in envs], [env.task for env in envs], cfg.call_seconds))
     for candidate in (c for state in states for c in state["candidates"]):
         candidate["returns"] = [next(rewards) for _ in range(n)]
 
@@ -273,7 +261,7 @@ def preference_loss(model, batch, beta, nll):
     """DPO on a batch of {"chosen", "rejected", "ref_chosen", "ref_rejected"}: the loss, and what to watch."""
     B = len(batch)
     sides = [(side, pair) for side in ("chosen", "rejected") for pair in batch]
-    sums_BK, lengths_BK = turn_logprobs(model, collate([pair[side] for side, pair in sides], model.device))
+    sums_BK, lengths_BK = turn_logprobs(model, lay_out(model, [pair[side] for side, pair in sides]))
     sums_B, ref_B = sums_BK.sum(-1), sums_BK.new_tensor([sum(pair[f"ref_{side}"]) for side, pair in sides])
     loss = dpo_loss(sums_B[:B], sums_B[B:], ref_B[:B], ref_B[B:], beta)
     loss = loss - nll * sums_B[:B].sum() / lengths_BK[:B].sum()
@@ -296,7 +284,7 @@ def train_preferences(model, examples, out, cfg, seed, save, label):
 
 def imitation_loss(model, batch):
     """RFT: minus the mean log-prob of the agent's tokens in a batch of views."""
-    sums_BK, lengths_BK = turn_logprobs(model, collate(batch, model.device))
+    sums_BK, lengths_BK = turn_logprobs(model, lay_out(model, batch))
     return -sums_BK.sum() / lengths_BK.sum(), {}
 
 

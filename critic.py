@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from env import render
 from kernels.fit import arg, fit
-from kernels.logprob import collate, pad_turns, reference_sums, turn_logprobs
+from kernels.logprob import lay_out, pad_turns, reference_sums, turn_logprobs
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def loss_fn(model, batch, beta, nll, normalize):
     turn."""
     B = len(batch)
     sides = [(side, pair) for side in ("chosen", "rejected") for pair in batch]
-    sums_BK, lengths_BK = turn_logprobs(model, collate([pair[side] for side, pair in sides], model.device))
+    sums_BK, lengths_BK = turn_logprobs(model, lay_out(model, [pair[side] for side, pair in sides]))
     ref_BK = pad_turns([pair[f"ref_{side}"] for side, pair in sides], sums_BK)
     advantages_BK = turn_advantages(sums_BK, ref_BK, lengths_BK, normalize)
     chosen_BK, rejected_BK = advantages_BK[:B], advantages_BK[B:]
@@ -170,7 +170,7 @@ def rank(model, tokenizer, states, cfg):
 def judge_turns(trained, initial, trajectory, cfg):
     """The advantage of each turn of one trajectory. trained: (critic, tokenizer); initial: the model that is pi_ref."""
     model, tokenizer = trained
-    batch = collate([critic_view(tokenizer, trajectory, cfg.reference)], model.device)
+    batch = lay_out(model, [critic_view(tokenizer, trajectory, cfg.reference)])
     sums_BK, lengths_BK = turn_logprobs(model, batch)
     return turn_advantages(sums_BK, turn_logprobs(initial, batch)[0], lengths_BK, cfg.normalize)[0].tolist()
 

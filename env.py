@@ -10,30 +10,23 @@ An agent gets a vague request and talks with a human who knows the solution. Eve
                       never does
 
 This file needs no torch. Place in the data flow: tasks.jsonl -> Task -> DialogueEnv -> messages -> render -> token
-ids, and answers -> grade -> rewards. Differences from the paper: none in the protocol; `grade` protects itself (see
-its docstring).
+ids, and answers -> grade -> rewards. Differences from the paper: none in the protocol; answers run in a sandbox
+(kernels/sandbox.py).
 """
 import copy
 import functools
 import json
-import math
 import os
-import random
 import re
-import resource
-import select
-import signal
-import subprocess
 import sys
-import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import TemplateError
 from tokenizers import AddedToken
 from tqdm import tqdm
+
+from kernels import sandbox
 
 ANSWER_MARKER = "I WANT TO ANSWER:"
 REFERENCE_PREFIX = "In light that the final answer is: {reference}.\n"  # how the critic reads c: a data format
@@ -136,11 +129,13 @@ class Task:
     """One ColBench task. `ground_truth` is c: Python source (backend) or an HTML page (frontend).
 
     test_cases: {name: a call of the function, as Python source}. extra: keys of the record that we do not know, kept.
+    where: the file and line that it came from.
     """
     problem_description: str
     ground_truth: str
     test_cases: dict = field(default_factory=dict)
     extra: dict = field(default_factory=dict)
+    where: str = field(default="task", compare=False)
 
     @property
     def hidden_information(self):
@@ -161,7 +156,7 @@ class Task:
             if not isinstance(record.get(name, kind()), kind):
                 raise InputError(f"{where}: field '{name}' should be a {kind.__name__}, is {record[name]!r:.40}")
         values = {name: record.get(name, kind()) for name, kind in known.items()}
-        return cls(**values, extra={name: value for name, value in record.items() if name not in known})
+        return cls(**values, extra={k: value for k, value in record.items() if k not in known}, where=where)
 
 
 def load_tasks(path, optional=("test_cases",)):
@@ -334,130 +329,44 @@ def render(tokenizer, messages, reference=None):
 
 # ------------------------------------------------------------------ reward
 
-_VALUES = {}  # what each (program, calls) returned: policies repeat their answers, and every answer needs its reference
+FENCE = re.compile(r"^ {0,3}(```+|~~~+)[ \t]*([\w+-]*)[^\n`]*\n(.*?)(?:^ {0,3}\1[ \t]*$|\Z)", re.M | re.S)
+_REPORTS = {}  # what each (program, calls) gave: policies repeat their answers, and every answer needs its reference
 
 
 def extract_code(answer):
-    """The program in an answer: the longest fenced Markdown block if there is one, otherwise the answer itself."""
-    blocks = re.findall(r"```[\w+-]*[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", answer, re.S)
-    return max(blocks, key=len) if blocks else answer
+    """The program in an answer: its fenced Markdown blocks (those marked as Python, if some are), or all of it."""
+    answer = answer.replace("\r\n", "\n")
+    blocks = [(kind.lower(), body) for _, kind, body in FENCE.findall(answer) if body.strip()]
+    python = [body for kind, body in blocks if kind in ("python", "py", "python3")]
+    code = "\n".join(python or [body for kind, body in blocks if not kind])
+    return code or re.sub(r"(?m)^ {0,3}(```|~~~).*$", "", answer)
 
 
-def _canonical(value, depth=0):
-    """A value as text: two values share it exactly when Python's == calls them equal (1 == 1.0 == True; NaN equals
-    NaN)."""
-    if depth > 50:
-        raise ValueError("nested too deep to compare")
-    if hasattr(value, "dtype") and hasattr(value, "tolist"):  # numpy scalars and arrays compare by value
-        return ("array" if value.ndim else "") + _canonical(value.tolist(), depth + 1)
-    if isinstance(value, (bool, int, float)):
-        whole = isinstance(value, int) or (math.isfinite(value) and value == int(value))
-        return str(int(value)) if whole else repr(float(value))
-    if isinstance(value, dict):
-        items = sorted(f"{_canonical(k, depth + 1)}:{_canonical(v, depth + 1)}" for k, v in value.items())
-        return f"dict({','.join(items)})"
-    if isinstance(value, (list, tuple, set, frozenset)):
-        parts = [_canonical(v, depth + 1) for v in value]
-        kind = "set" if isinstance(value, (set, frozenset)) else type(value).__name__
-        return f"{kind}({','.join(sorted(parts) if kind == 'set' else parts)})"
-    return f"{type(value).__name__}:{getattr(value, '__qualname__', None) or repr(value)}"
+def grade(answers, tasks, call_seconds=1.0, answer_seconds=10.0, workers=None):
+    """The reward of each answer: the share of its task's test calls whose value equals the reference's, as Python's ==
+    sees it (1 == 1.0 == True, a tuple is not a list; NaN equals NaN; None never counts). Success means 1.0.
 
-
-def _run_calls(code, calls, call_seconds, out):
-    """In a forked child: every call on fresh definitions, under limits; writes a JSON list of canonical values to
-    `out`."""
-    def expire(*_):
-        raise TimeoutError("the call ran out of time")
-    signal.signal(signal.SIGALRM, expire)
-    for limit, size in ((resource.RLIMIT_AS, 2 << 30), (resource.RLIMIT_FSIZE, 16 << 20), (resource.RLIMIT_CORE, 0)):
-        resource.setrlimit(limit, (size, size))
-    values = []
-    with tempfile.TemporaryDirectory() as scratch:
-        os.chdir(scratch)
-        for call in calls:
-            random.seed(0)
-            signal.setitimer(signal.ITIMER_REAL, call_seconds)
-            try:
-                names = {"__name__": "answer"}
-                exec(code, names)
-                value = eval(call, names)
-                values.append(None if value is None else _canonical(value)[:1_000_000])
-            except BaseException:  # whatever a stranger's program raises, SystemExit included, is a failed call
-                values.append(None)
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-    os.write(out, json.dumps(values).encode())
-
-
-def _worker():
-    """The warm process behind `grade`: for each job on stdin fork a child, wait for at most its time, print what came
-    back."""
-    jobs, results, null = sys.stdin.buffer, os.dup(1), os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    for line in jobs:
-        code, calls, call_seconds, answer_seconds = json.loads(line)
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.setsid()
-            os.dup2(null, 0)
-            os.close(results)
-            try:
-                _run_calls(code, calls, call_seconds, write)
-            finally:
-                os._exit(0)
-        os.close(write)
-        data, end = b"", time.monotonic() + answer_seconds
-        while len(data) < 1 << 24 and select.select([read], [], [], max(0.0, end - time.monotonic()))[0]:
-            piece = os.read(read, 1 << 16)
-            if not piece:
-                break
-            data += piece
-        try:
-            os.killpg(child, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        os.waitpid(child, 0)
-        os.close(read)
-        os.write(results, data.replace(b"\n", b" ") + b"\n")
-
-
-def _run_jobs(jobs):
-    """Run [code, calls, seconds a call, seconds an answer] in one worker; a list of values (None: failed) for each."""
-    text = "".join(json.dumps(job) + "\n" for job in jobs)
-    start = f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parent)!r}); import env; env._worker()"
-    done = subprocess.run([sys.executable, "-c", start], input=text.encode(), stdout=subprocess.PIPE,
-                          env={"PYTHONHASHSEED": "0", "PATH": os.environ["PATH"]})
-    results = []
-    for job, line in zip(jobs, done.stdout.split(b"\n")):
-        try:
-            values = json.loads(line)
-        except ValueError:
-            values = None
-        results.append(values if isinstance(values, list) and len(values) == len(job[1]) else [None] * len(job[1]))
-    return results + [[None] * len(job[1]) for job in jobs[len(results):]]
-
-
-def grade(answers, tasks, call_seconds=1.0, answer_seconds=10.0, workers=2):
-    """The reward of each answer: the share of its task's test calls whose value equals the reference's. Success means
-    1.0.
-
-    Answers run in child processes: fresh definitions for each call, one second a call, ten an answer, 2 GiB of
-    memory, 16 MiB a file, a scratch folder as current directory, the same hash and random seeds for reference and
-    answer. None never counts as equal. What has run once is not run again. NOT contained: an answer can read and
-    write the files that you can, and use the network; run models that you do not trust in a sandbox of your own.
+    Each call sees fresh definitions, the same random and hash seeds for reference and answer, and an empty scratch
+    folder; call_seconds and answer_seconds limit a call and an answer. What has run once is not run again.
+    kernels/sandbox.py runs the programs and says what is contained and what is not: in short, with bubblewrap neither
+    your files nor the network are in reach, without it both are. A reference that fails on a call is reported on
+    stderr; no answer can pass that call. ValueError when there is not one task for each answer.
     """
-    def key(code, task):
-        return (code, tuple(task.test_cases.values()), call_seconds, answer_seconds)
-    wanted = [(key(task.ground_truth, task), key(extract_code(answer), task)) for answer, task in zip(answers, tasks)]
-    jobs = [job for job in dict.fromkeys(job for pair in wanted for job in pair) if job not in _VALUES]
-    size = max(1, -(-len(jobs) // workers))
-    with ThreadPoolExecutor(workers) as pool:
-        parts = [jobs[i:i + size] for i in range(0, len(jobs), size)]
-        for part, values in zip(parts, pool.map(_run_jobs, parts)):
-            _VALUES.update(zip(part, values))
-    pairs = [list(zip(_VALUES[reference], _VALUES[answer])) for reference, answer in wanted]
-    while len(_VALUES) > 100_000:
-        del _VALUES[next(iter(_VALUES))]  # the oldest
-    return [sum(a is not None and a == b for a, b in pair) / max(1, len(pair)) for pair in pairs]
+    if len(answers) != len(tasks):
+        raise ValueError(f"{len(answers)} answers to {len(tasks)} tasks: grade wants one task for each answer")
+
+    def job(source, task):
+        return source, tuple(task.test_cases.values()), call_seconds, answer_seconds
+    wanted = [(job(task.ground_truth, task), job(extract_code(answer), task)) for answer, task in zip(answers, tasks)]
+    new = [key for key in dict.fromkeys(key for pair in wanted for key in pair) if key not in _REPORTS]
+    _REPORTS.update(zip(new, sandbox.run([key[:2] for key in new], call_seconds, answer_seconds, workers)))
+    tasks_of = {reference: task for (reference, _), task in zip(wanted, tasks)}
+    for reference in tasks_of.keys() & set(new):
+        for (name, call), report in zip(tasks_of[reference].test_cases.items(), _REPORTS[reference]):
+            if report[0] == "!":
+                print(f"{tasks_of[reference].where}: broken task: its reference fails on {name}, {call}: {report[1:]}",
+                      file=sys.stderr)
+    pairs = [list(zip(_REPORTS[reference], _REPORTS[answer])) for reference, answer in wanted]
+    while len(_REPORTS) > 100_000:
+        del _REPORTS[next(iter(_REPORTS))]  # the oldest
+    return [sum(a == b and a[0] != "!" for a, b in pair) / max(1, len(pair)) for pair in pairs]

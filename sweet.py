@@ -50,6 +50,7 @@ from env import ANSWER_MARKER, DialogueEnv, InputError, JsonlWriter, Task
 from env import grade, load_tasks, read_jsonl, read_trajectories, render, write_groups, write_json
 from kernels.endpoint import Server
 from kernels.fit import ONE_GPU, Given, Machine, arg, load_model, save_to
+from kernels.logprob import use_plain_path
 from simulator import ConsoleHuman, make_human
 from worlds import backend as world
 
@@ -402,6 +403,7 @@ def parser():
     top.add_argument("--preset", choices=["small", "paper", "one-gpu"], default="small",
                      help="defaults: those of the small world, the paper's, or a small run on one GPU")
     top.add_argument("--threads", type=int, default=2, help="threads of torch (default 2; table: 1)")
+    top.add_argument("--plain", action="store_true", help="the plain path: no shared prefixes, all logits held (slow)")
     top.add_argument("--seeds", type=int, default=5, help="table: number of seeds (default 5)")
     top.add_argument("--jobs", type=int, default=2, help="table: seeds that run at the same time (default 2)")
     for group, kind in GROUPS.items():
@@ -435,6 +437,7 @@ def main(argv=None):
     if options.smoke and options.run == "runs/default":
         options.run = "runs/smoke"
     torch.set_num_threads(options.threads)
+    use_plain_path(options.plain)
     run = Run(options, settings_of(options))
     try:
         for file in filter(None, (run.given.tasks, run.given.heldout)):

@@ -1,7 +1,6 @@
 """What a model reads, the dialogue's rules, the files, and the grader."""
 import json
 import os
-from pathlib import Path
 
 import pytest
 
@@ -12,16 +11,12 @@ from env import (
     JsonlWriter,
     Task,
     end_of_turn,
-    extract_code,
-    grade,
     load_tasks,
     read_jsonl,
     render,
     write_json,
 )
-from worlds import backend as world
 
-COLBENCH = Path(__file__).resolve().parent.parent.parent / "shared" / "colbench" / "backend.jsonl"
 PLAIN = ("{% for m in messages %}{% if m.role == 'assistant' %}<A>{{ m.content }}<E>{% else %}<U>{{ m.content }}"
          "{% endif %}{% endfor %}{% if add_generation_prompt %}<A>{% endif %}")
 CHATML = ("<B>{% for m in messages %}<S>{{ m.role[0] }}\n{{ m.content | trim }}<E>\n{% endfor %}"
@@ -310,121 +305,3 @@ def test_write_json_is_whole(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "x.json", {"a": object()})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
-
-
-# ------------------------------------------------------------------ grade
-
-def score(answer, reference, *calls, **limits):
-    task = Task("p", reference, {f"t{i}": call for i, call in enumerate(calls or ("f()",))})
-    return grade([answer], [task], **{"call_seconds": 0.5, "answer_seconds": 3.0, **limits})[0]
-
-
-def returns(expression):
-    return f"def f(*a):\n    return {expression}"
-
-
-EQUAL = [("1", "1.0"), ("1", "True"), ("0", "-0.0"), ("[1, 2.0]", "[1.0, 2]"), ("float('nan')", "float('nan')"),
-         ("[float('nan')]", "[float('nan')]"), ("{1, 2, 3}", "{3, 2, 1}"), ("{'a': 1, 'b': 2}", "{'b': 2., 'a': True}"),
-         ("frozenset((1, 2))", "{2, 1}"), ("'x'", "\"x\""), ("10 ** 20", "1e20"), ("float('inf')", "float('inf')"),
-         ("{(1, 2): [3]}", "{(1.0, 2): [3]}"), ("{'é': {'x'}}", "{'é': {'x'}}"), ("(1,)", "(True,)"), ("''", "str()")]
-DIFFERENT = [("(1, 2)", "[1, 2]"), ("1", "'1'"), ("1", "2"), ("[1, 2]", "[2, 1]"), ("None", "None"), ("0", "None"),
-             ("{1: 2}", "{2: 1}"), ("'a,str:b'", "'a'"), ("['a', 'b']", "[\"a', 'b\"]"), ("float('nan')", "0.0"),
-             ("float('inf')", "-float('inf')"), ("{1}", "[1]"), ("[[1], 2]", "[[1, 2]]"), ("'1'", "b'1'"),
-             ("{}", "set()"), ("2 ** 53", "2 ** 53 + 1"), ("0.1 + 0.2", "0.3"), ("[]", "()"), ("1", "1j")]
-
-
-def test_which_values_are_equal():
-    tasks = [Task("p", returns(a), {"t": "f()"}) for a, _ in EQUAL + DIFFERENT]
-    rewards = grade([returns(b) for _, b in EQUAL + DIFFERENT], tasks)
-    for (a, b), reward, want in zip(EQUAL + DIFFERENT, rewards, [1.0] * len(EQUAL) + [0.0] * len(DIFFERENT)):
-        assert reward == want, (a, b)
-
-
-def test_huge_integers_are_compared():
-    """An int beyond the largest float is a value like any other."""
-    assert score(returns("10 ** 400 + 1"), returns("1 + 10 ** 400")) == 1.0
-    assert score(returns("10 ** 400 + 1"), returns("10 ** 400")) == 0.0
-
-
-def test_the_reward_is_the_share_of_calls():
-    assert score(returns("a[0] if a[0] < 3 else 0"), returns("a[0]"), "f(1)", "f(2)", "f(3)", "f(4)") == 0.5
-    assert grade([], []) == []
-    assert grade(["anything"], [Task("p", "g")]) == [0.0]  # no tests: nothing was passed
-
-
-def test_failures_and_none_never_count():
-    for answer in ("", "def f(:", "raise ValueError", "def g():\n    return 1", returns("None"), returns("1 / 0")):
-        assert score(answer, returns("1")) == 0.0
-        assert score(answer, answer) == 0.0  # not even where the reference fails in the same way
-
-
-def test_fenced_answers_with_prose():
-    fenced = f"Here you are:\n```python\n{returns('7')}\n```\nI hope it helps; try it:\n```\nf()\n```\n"
-    assert extract_code(fenced).strip() == returns("7")
-    assert score(fenced, returns("7")) == 1.0
-    assert score(f"```\n{returns('7')}", returns("7")) == 1.0  # cut off before the fence closes
-    assert extract_code("x = 1") == "x = 1"
-
-
-def test_top_level_imports_and_helpers_are_visible():
-    answer = ("import math\nfrom collections import Counter\nBASE = 2\n\ndef helper(x):\n"
-              "    return math.floor(x) + BASE\n\ndef f(x):\n    return [helper(v) for v in Counter([x])]")
-    assert score(answer, "def f(x):\n    return [int(x) + 2]", "f(1.5)", "f(7)") == 1.0
-
-
-def test_programs_that_print_or_exit():
-    good = returns("5")
-    assert score("import sys\nprint('x' * 100000)\nprint('y', file=sys.stderr)\n" + good, good) == 1.0
-    assert score("def f():\n    print('[\"5\"]')\n    return 5", good) == 1.0
-    assert score("import sys\ndef f(x):\n    if x: sys.exit(0)\n    return 5", returns("5"), "f(0)", "f(1)") == 0.5
-    assert score("def f():\n    raise KeyboardInterrupt", good) == 0.0
-    assert score("import os\ndef f():\n    os._exit(0)", good) == 0.0
-
-
-def test_a_bad_answer_costs_only_itself():
-    good, task = returns("5"), Task("p", returns("5"), {"t": "f()"})
-    bad = ["while True: pass", "def f():\n    while True: pass", "import os; os._exit(1)",
-           "import os; os.kill(os.getpid(), 9)",
-           "def f():\n    while True:\n        try:\n            while True: pass\n        except BaseException: pass",
-           "def f():\n    return [0] * 10 ** 10", "def f():\n    return f()",
-           "import sys; sys.stdin.read(); sys.exit()", "import os\nif os.fork(): os._exit(0)"]
-    answers = [text for pair in zip(bad, [good] * len(bad)) for text in pair]
-    answers = [text if text != good else f"{good}\n# {i}" for i, text in enumerate(answers)]
-    rewards = grade(answers, [task] * len(answers), call_seconds=0.4, answer_seconds=1.5)
-    assert rewards == [0.0, 1.0] * len(bad)
-
-
-def test_a_call_that_loops_costs_only_that_call():
-    answer = "def f(x):\n    while x == 2: pass\n    return x"
-    assert score(answer, returns("a[0]"), "f(1)", "f(2)", "f(3)", "f(4)", call_seconds=0.4) == 0.75
-
-
-def test_state_does_not_leak_between_calls_or_answers():
-    counter = "seen = []\ndef f(x):\n    seen.append(x)\n    return len(seen)"
-    assert score(counter, returns("1"), "f(1)", "f(2)", "f(3)") == 1.0
-    task = Task("p", "def f():\n    return len([1, 2])", {"t": "f()"})
-    vandal = "import builtins\nbuiltins.len = lambda x: 2\ndef f():\n    return len([])"
-    honest = "def f():\n    return len([])"
-    assert grade([vandal, honest, vandal + "\n#", honest + "\n#"], [task] * 4, workers=1) == [1.0, 0.0, 1.0, 0.0]
-
-
-def test_chance_and_hashes_are_the_same_for_reference_and_answer():
-    reference = "import random\ndef f():\n    return [random.random(), list({'a', 'b', 'c', 'd'}), hash('x')]"
-    assert score(reference + "\n# another text, so that it runs on its own", reference, "f()", "f()") == 1.0
-
-
-def test_order_and_company_do_not_matter():
-    tasks = world.make_tasks(6, seed=1)
-    answers = [tasks[i // 2 * 2].ground_truth for i in range(6)]
-    together = grade(answers, tasks)
-    assert together[::2] == [1.0] * 3 and together == [grade([a], [t])[0] for a, t in zip(answers, tasks)]
-    assert grade(answers[::-1], tasks[::-1], workers=3) == together[::-1]
-
-
-@pytest.mark.skipif(not COLBENCH.exists(), reason=f"the real ColBench tasks are not at {COLBENCH}")
-def test_real_reference_solutions_get_the_full_reward():
-    """At least 198 of 200; the answers are fenced and commented, so that they run apart from the references."""
-    tasks = load_tasks(COLBENCH)
-    answers = [f"Here is the function.\n```python\n{task.ground_truth}\n# done\n```" for task in tasks]
-    rewards = grade(answers, tasks)
-    assert len(rewards) == 200 and sum(reward == 1.0 for reward in rewards) >= 198

@@ -1,0 +1,183 @@
+"""Where strangers' programs run: warm processes that fork for each program, contain it, and report what it returned.
+
+The reward is the only ground truth of the whole method, and it comes from running code that a language model wrote.
+So this must be exact (a right answer gets 1.0 every time), contained (a hostile one fools, hangs and harms nobody) and
+fast (a fresh Python for each call would take thirty times as long as the call).
+
+    run(jobs) -> one thread and one warm *worker* process a core -> a forked *stem* a program -> a forked child a call
+
+- The **parent** (your process) hands out jobs, keeps the clock, and compares. It never parses, compiles or runs an
+  answer, and what comes back of a call is one line: the SHA-256 of its value's canonical text, in which two values
+  agree exactly where Python's == says so. Whatever an answer patches, forges or floods, it can give one guess a call.
+- The **worker** only forks, kills and wipes. It never sees a job or a result, so that no program finds another one's
+  answers in the memory that it inherits. It is process 1 of a namespace of its own, which no signal from inside can
+  end, and from which nothing escapes: when it kills "everybody", that is everybody.
+- The **stem** reads one job, loads the modules that it names and forks a child for each call: definitions, modules,
+  files and processes of one call are gone before the next. Programs that provably only compute (`leaves_no_trace`;
+  most small functions) run in the stem itself; nothing is contained any less for that.
+
+What is contained, with bubblewrap (Debian: `apt install bubblewrap`; used where a trial shows that it works): no
+network; nothing is readable but the installed software (no home, no /proc, no environment), nothing writable but a
+scratch folder of 64 MiB in memory that is wiped after every program. Always: one second a call, ten a program, 1 GiB
+of data and 16 MiB a file for each process, 256 descriptors, no core dumps, output to nowhere; 32 processes a call
+(threads count), where a user id or a namespace of its own makes them countable.
+Without bubblewrap a PID namespace, a user id of its own (for root), or nothing but limits, whichever works first:
+rewards are exact and programs end in time, but they can read and write what your user can, and use the network. With
+limits alone, which is also all there is on macOS, a program that hunts down its worker can leave a process behind, and
+one that kills *all* your processes does.
+Not contained in any case: holes in the kernel, side channels, and answers that look for the reference where they can
+read it. Limits of time are wall-clock; a call that ran out while it hardly had the processor gets one more try.
+
+No torch here. Exercised by `python -m pytest tests/test_grade.py`; measured by `python kernels/bench_grade.py`.
+"""
+import collections
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import select
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+REPORT = re.compile(rb"(\d{1,6}|ready) ([0-9a-f]{64}|![ -~]{0,300}|)")
+
+
+def ways():
+    """What can contain a worker, the tightest first: (what to say of it, the command in front, a user of its own?)."""
+    packages = [path for path in sys.path if path.endswith("-packages")]
+    shown = sorted({"/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", sys.prefix, sys.base_prefix, *packages})
+    roads = sorted({str(parent) for path in shown for parent in Path(path).parents if len(parent.parts) > 1})
+    root = os.getuid() == 0
+    apart = "--unshare-pid --unshare-net --unshare-ipc --unshare-uts --cap-add ALL" if root else "--unshare-all"
+    bwrap = f"bwrap {apart} --as-pid-1 --die-with-parent".split()
+    bwrap += [word for path in roads for word in ("--dir", path)]
+    bwrap += [word for path in shown for word in ("--ro-bind-try", path, path)]
+    bwrap += [word for name in ("null", "zero", "random", "urandom") for word in ("--dev-bind", *[f"/dev/{name}"] * 2)]
+    bwrap += f"--size {2 ** 26} --tmpfs /scratch --chdir /scratch --remount-ro /".split()
+    unshare = f"unshare {'' if root else '--user --map-root-user'} --pid --fork --kill-child".split()
+    worse = "they can read and write what you can (for more, apt install bubblewrap)"
+    return [("bubblewrap: no network, no files of yours", bwrap, root), (f"a PID namespace: {worse}", unshare, root),
+            (f"limits alone: {worse}", [], root), (f"limits alone: {worse}", [], False)]
+
+
+class Worker:
+    """A warm process for one thread of `run`, with a line for orders, one for jobs and one for results."""
+
+    def __init__(self, slot, way):
+        self.slot, self.way, self.process = slot, way, None
+        self.start()
+
+    def start(self):
+        self.close()
+        _, command, own = ways()[self.way]
+        uid = 2 ** 30 + os.getpid() * 64 + self.slot % 64 if own else 0  # a user that is nobody else
+        # the kernel takes these first when memory runs out; same addresses for all (hash(None) may be one)
+        lower = """echo 1000 2>/dev/null >/proc/self/oom_score_adj
+            setarch -R true 2>/dev/null && exec setarch -R "$@"; exec "$@" """
+        far_side = Path(__file__).with_name("sandbox_worker.py").read_text(encoding="utf-8")
+        self.scratch = tempfile.mkdtemp(prefix="sweet-")
+        env = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1",
+               "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+               "PYTHONPATH": os.pathsep.join(path for path in sys.path if path.endswith("-packages"))}
+        self.control, theirs = socket.socketpair()
+        self.control.settimeout(20)
+        with theirs:
+            self.process = subprocess.Popen(
+                ["sh", "-c", lower, "sh", *command, sys.executable, "-c", far_side, str(uid)],
+                env=env, cwd=self.scratch, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=theirs,
+                start_new_session=True)
+        if self.control.recv(1) != b"A":
+            raise OSError("a worker of the grader did not start")
+
+    def close(self):
+        if self.process:
+            self.control.close()  # the worker sees it, cleans up and leaves
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                self.process.communicate(timeout=5)
+            self.process.kill()
+            self.process.wait()
+            subprocess.run(["sh", "-c", 'chmod -R u+rwX "$1"; rm -rf "$1"', "sh", self.scratch], check=False)
+            self.process = None
+
+    def run(self, source, calls, call_seconds, answer_seconds):
+        """One report a call: the digest of its value, or "!" and what went wrong."""
+        reports, end, patient = [], time.monotonic() + answer_seconds, True
+        while len(reports) < len(calls) and time.monotonic() < end:
+            try:
+                self.control.send(b"B")
+                job = [source, list(enumerate(calls))[len(reports):]]
+                self.process.stdin.write(json.dumps(job).encode() + b"\n")
+                self.process.stdin.flush()
+                self.listen(reports, len(calls), call_seconds, end)
+                self.control.send(b"E")
+                spent = struct.unpack("d", self.control.recv(8))[0]
+                while select.select([self.process.stdout], [], [], 0)[0]:  # whatever else it wrote
+                    os.read(self.process.stdout.fileno(), 2 ** 16)
+            except (OSError, struct.error):  # the program took its worker along
+                self.start()
+                spent = math.inf
+            if len(reports) < len(calls):
+                if not patient or spent > call_seconds / 2:
+                    reports.append("!out of time, or its process died")
+                patient = False  # it slept, or the machine was busy: one more try a program
+        return reports + ["!the program's time was up"] * (len(calls) - len(reports))
+
+    def listen(self, reports, wanted, call_seconds, end):
+        """Append reports until all are there or a clock runs out, or too much was said."""
+        out, tail, size, clock = self.process.stdout.fileno(), b"", 0, end
+        while len(reports) < wanted and size < 2 ** 20:
+            left = min(clock, end) - time.monotonic()
+            data = os.read(out, 2 ** 16) if left > 0 and select.select([out], [], [], left)[0] else b""
+            if not data:
+                break
+            *lines, tail = (tail + data).split(b"\n")
+            tail, size = tail[-400:], size + len(data)
+            for index, report in (found.groups() for found in map(REPORT.fullmatch, lines) if found):
+                if index == b"ready" and clock == end:  # what it imports is loaded: the first call begins
+                    clock = time.monotonic() + call_seconds
+                elif index == b"%d" % len(reports) and len(reports) < wanted:
+                    reports.append(report.decode())
+                    clock = time.monotonic() + call_seconds
+
+
+@functools.lru_cache(maxsize=1)
+def tightest_way():
+    """Which of the `ways` works here, found out by trying; says so once."""
+    for way, (text, _, _) in enumerate(ways()):
+        with contextlib.suppress(OSError), contextlib.closing(Worker(63, way)) as one:
+            if one.run("import decimal, os", ["os.getpid()"], 5, 10)[0][0] != "!":
+                print(f"sweet: answers run under {text}", file=sys.stderr)
+                return way
+    raise OSError("programs cannot be run here: no worker process starts")
+
+
+def run(jobs, call_seconds=1.0, answer_seconds=10.0, workers=None):
+    """Run (source, calls) jobs, in parallel; for each job a list of reports, one a call: a digest of the value that the
+    call returned, or "!" and what went wrong."""
+    left, reports, workers = collections.deque(enumerate(jobs)), {}, min(workers or os.cpu_count(), len(jobs))
+    if not jobs:
+        return []
+    way = tightest_way()
+    with tqdm(total=len(jobs), desc="     grading", delay=3, leave=False) as bar:
+        def serve(slot):
+            with contextlib.closing(Worker(slot, way)) as one, contextlib.suppress(IndexError):
+                while True:
+                    i, job = left.popleft()
+                    reports[i] = one.run(*job, call_seconds, answer_seconds)
+                    bar.update()
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                list(pool.map(serve, range(workers)))
+            finally:
+                left.clear()  # after Ctrl-C nobody takes another job
+    return [reports[i] for i in range(len(jobs))]

@@ -1,0 +1,373 @@
+"""The grader: exact values, and a corpus of programs out to fool, hang or harm it (tests/programs.py), under every
+containment that works here."""
+import ast
+import copy
+import json
+import multiprocessing
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import env
+from env import Task, extract_code, grade, load_tasks
+from kernels import sandbox, sandbox_worker
+from tests.programs import PROGRAMS, RIGHT
+
+COLBENCH = Path(__file__).resolve().parent.parent.parent / "shared" / "colbench" / "backend.jsonl"
+FAST = {"call_seconds": 0.7, "answer_seconds": 6.0}
+
+
+def task(source, *calls, **extra):
+    return Task("p", source, {f"test{i}": call for i, call in enumerate(calls, 1)}, **extra)
+
+
+SQUARE = task(RIGHT, "f(0)", "f(1)", "f(2)", "f(3)")
+
+
+def kinds():
+    """Each way to contain that works here, once: {first word of what is said: index}."""
+    found = {}
+    for way, (text, _, _) in enumerate(sandbox.ways()):
+        found.setdefault(text.split(":")[0], way)
+    return found
+
+
+@pytest.fixture(params=["bubblewrap", "a PID namespace", "limits alone"])
+def kind(request, monkeypatch):
+    way = kinds()[request.param]
+    try:
+        one = sandbox.Worker(62, way)
+    except OSError:
+        pytest.skip(f"{request.param} does not work here (bubblewrap: apt install bubblewrap)")
+    one.close()
+    monkeypatch.setattr(sandbox, "tightest_way", lambda: way)
+    monkeypatch.setattr(env, "_REPORTS", {})
+    return request.param
+
+
+# ------------------------------------------------------------------ hostile, awkward and benign programs
+
+def test_every_program_of_the_corpus_gets_what_it_has_earned_and_harms_no_other(kind):
+    if kind == "a PID namespace":
+        pytest.skip("takes half a minute; runs with more containment and with less")
+    names = list(PROGRAMS)
+    random.Random(1).shuffle(names)
+    answers = [text for i, name in enumerate(names) for text in (PROGRAMS[name][1], f"{RIGHT}# neighbour {i}\n")]
+    rewards = grade(answers, [SQUARE] * len(answers), **FAST, workers=2)
+    earned = {name: PROGRAMS[name][0] for name in names if PROGRAMS[name][0] is not None}
+    assert len(names) >= 80
+    assert {name: reward for name, reward in zip(names, rewards[::2]) if name in earned} == earned
+    assert rewards[1::2] == [1.0] * len(names), "another program paid for it"
+
+
+def processes():
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            found.append(Path(f"/proc/{name}/cmdline").read_bytes())
+        except OSError:
+            pass
+    return [line for line in found if b"The far side of kernels/sandbox.py" in line]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
+def test_orphans_are_gone_and_write_nothing_later(kind, tmp_path):
+    os.chmod(tmp_path, 0o777)
+    mark, before = tmp_path / "late", len(processes())
+    program = PROGRAMS["daemon"][1].replace("time.sleep(99)", f"time.sleep(1.5)\n            open({str(mark)!r}, 'w')")
+    assert grade([program], [SQUARE], **FAST) == [1.0]
+    assert len(processes()) == before
+    time.sleep(2)
+    assert not mark.exists()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
+def test_nothing_outlives_a_grader_that_is_killed(kind):
+    """Not even the program that was running: the worker sees the end of its orders, kills everybody and leaves."""
+    start = (f"from kernels import sandbox; sandbox.tightest_way = lambda: {sandbox.tightest_way()}; "
+             "sandbox.run([('while True: pass', ['1'])], 60, 60, 1)")
+    before = len(processes())
+    parent = subprocess.Popen([sys.executable, "-c", start], cwd=Path(env.__file__).parent)
+    end = time.monotonic() + 20
+    while len(processes()) < before + 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert len(processes()) >= before + 2, "worker and stem should be there by now"
+    parent.kill()
+    parent.wait()
+    end = time.monotonic() + 10
+    while len(processes()) > before and time.monotonic() < end:
+        time.sleep(0.05)
+    assert len(processes()) == before
+
+
+def test_a_canary_folder_and_a_listening_socket_stay_untouched(kind, tmp_path, monkeypatch):
+    if kind != "bubblewrap":
+        pytest.skip("promised only under bubblewrap")
+    (tmp_path / "canary").write_text("secret")
+    os.chmod(tmp_path, 0o777)
+    monkeypatch.setenv("SECRET_OF_THE_PARENT", "1")
+    server = socket.create_server(("127.0.0.1", 0))
+    server.setblocking(False)
+    steal = f"""
+import os, socket
+def tries():
+    yield lambda: open({str(tmp_path / 'canary')!r}).read()
+    yield lambda: open({str(tmp_path / 'new')!r}, 'w')
+    yield lambda: open({str(Path(env.__file__))!r}).read()
+    yield lambda: socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)
+    yield lambda: open('/proc/1/environ').read()
+    yield lambda: open('/etc/passwd').read()
+    yield lambda: os.listdir({str(tmp_path.parent)!r})
+    yield lambda: open('/usr/new', 'w')
+    yield lambda: open('/new', 'w')
+    yield lambda: os.environ['SECRET_OF_THE_PARENT']
+def f(x):
+    for i, attempt in enumerate(tries()):
+        try:
+            attempt()
+        except (OSError, KeyError):
+            continue
+        return f'attempt {{i}} succeeded'
+    return [x, x * x]
+"""
+    with server:
+        assert grade([steal], [SQUARE], **FAST) == [1.0]
+        assert (tmp_path / "canary").read_text() == "secret" and os.listdir(tmp_path) == ["canary"]
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+def test_no_program_sees_anothers_job_or_result(kind):
+    """The worker forks before the job is read: nothing of an earlier program is in the memory that a later inherits."""
+    spy = "import gc\ndef f(x):\n    return sum('MARK' + 'ED' in str(o) for o in gc.get_objects() if type(o) is list)"
+    marked = "import os\nMARKED = 'MARKED'\ndef f(x):\n    return 'MARKED'"
+    assert grade([marked, spy], [task("def f(x):\n    return 0", "f(0)")] * 2, workers=1) == [0.0, 1.0]
+
+
+def test_says_once_which_containment_is_in_force(capfd):
+    sandbox.tightest_way.cache_clear()
+    for answer in (RIGHT + "# 1", RIGHT + "# 2"):
+        grade([answer], [SQUARE])
+    lines = [line for line in capfd.readouterr().err.splitlines() if "answers run under" in line]
+    assert len(lines) == 1 and any(name in lines[0] for name in kinds())
+
+
+def test_order_and_number_of_workers_change_nothing(kind):
+    answers = [PROGRAMS[name][1] for name in ("wrong", "some_raise", "os_exit", "file_from_earlier_call", "right")]
+    rewards = grade(answers, [SQUARE] * 5, workers=1, **FAST)
+    env._REPORTS.clear()
+    assert grade(answers[::-1], [SQUARE] * 5, workers=3, **FAST)[::-1] == rewards == [0.5, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_a_vandal_spoils_no_other_answer(kind):
+    two = task("def f():\n    return len([1, 2])", "f()")
+    vandal = "import builtins\nbuiltins.len = lambda x: 2\ndef f():\n    return len([])"
+    honest = "def f():\n    return len([])"
+    assert grade([vandal, honest, vandal + "\n#", honest + "\n#"], [two] * 4, workers=1) == [1.0, 0.0, 1.0, 0.0]
+
+
+# ------------------------------------------------------------------ values
+
+def test_the_reward_is_the_share_of_calls():
+    reference = task("def f(x):\n    return x", "f(1)", "f(2)", "f(3)", "f(4)")
+    assert grade(["def f(x):\n    return x if x < 3 else 0"], [reference]) == [0.5]
+    assert grade(["anything"], [Task("p", "g")]) == [0.0]  # no tests: nothing was passed
+
+
+def test_failures_and_none_never_count():
+    for answer in ("", "def f(:", "raise ValueError", "def g():\n    return 1", "def f():\n    return None"):
+        assert grade([answer, answer], [task("def f():\n    return 1", "f()"), task(answer, "f()")]) == [0.0, 0.0]
+
+
+
+VALUES = [  # reference, answer, whether == calls them equal (NaN counting as equal to itself)
+    ("float('nan')", "float('nan')", 1), ("[float('nan')]", "[float('nan')]", 1), ("{1, 2, 3}", "{3, 2, 1}", 1),
+    ("{1, 2}", "frozenset([1, 2])", 1), ("{'a': 1, 'b': [2]}", "{'b': [2.0], 'a': True}", 1), ("{1: 2}", "{1: 3}", 0),
+    ("{1: 2}", "{'1': 2}", 0), ("1", "'1'", 0), ("b'a'", "bytearray(b'a')", 1), ("b'a'", "'a'", 0),
+    ("(1, 2)", "[1, 2]", 0), ("1 + 0j", "1", 1), ("1 + 1j", "1 + 2j", 0), ("range(0, 3)", "range(3)", 1),
+    ("range(3)", "[0, 1, 2]", 0), ("0.1 + 0.2", "0.3", 0), ("-0.0", "0", 1), ("float('inf')", "1e400", 1),
+    ("10 ** 30", "1e30", 0), ("2 ** 70", "2.0 ** 70", 1), ("'\\ud800'", "'\\ud800'", 1), ("'a\\x00b'", "'a\\x00b'", 1),
+    ("'\\ud83d\\ude00'", "'\\U0001f600'", 0), ("['a,b']", "['a', 'b']", 0), ("['1/1']", "[1]", 0), ("[]", "()", 0),
+    ("{}", "set()", 0), ("''", "[]", 0), ("False", "0.0", 1), ("[None]", "[None]", 1), ("None", "None", 0),
+    ("datetime.datetime(2024, 1, 2)", "datetime.datetime(2024, 1, 1) + datetime.timedelta(1)", 1),
+    ("datetime.date(2024, 1, 2)", "datetime.datetime(2024, 1, 2)", 0),
+    ("datetime.timedelta(hours=24)", "datetime.timedelta(1)", 1), ("datetime.date(2024, 1, 2)", "'2024-01-02'", 0),
+    ("datetime.datetime(2024, 1, 2, 12, tzinfo=datetime.timezone.utc)",
+     "datetime.datetime(2024, 1, 2, 13, tzinfo=datetime.timezone(datetime.timedelta(hours=1)))", 1),
+    ("decimal.Decimal('0.5')", "fractions.Fraction(1, 2)", 1), ("decimal.Decimal('0.1')", "0.1", 0), ("int", "int", 1),
+    ("int", "float", 0), ("collections.Counter('aab')", "{'a': 2, 'b': 1}", 1), ("{1: 0}.keys()", "{1}", 1),
+    ("collections.namedtuple('P', 'x y')(1, 2)", "(1, 2)", 1), ("10 ** 400 + 1", "10 ** 400", 0),
+    ("1 + 10 ** 400", "10 ** 400 + 1", 1)]
+NUMPY = [("numpy.float64(0.5)", "0.5", 1), ("numpy.int64(3)", "3", 1), ("numpy.bool_(True)", "True", 1),
+         ("numpy.array([1, 2])", "numpy.array([1.0, 2.0])", 1), ("numpy.array([1, 2])", "numpy.array([1, 3])", 0),
+         ("numpy.zeros((2, 1))", "numpy.zeros((1, 2))", 0), ("[numpy.bool_(True)]", "[True]", 1),
+         ("numpy.array([numpy.nan])", "numpy.array([numpy.nan])", 1)]
+
+
+def test_values_compare_as_python_sees_them(kind):
+    heads = ["import datetime, decimal, fractions, collections"] * len(VALUES) + ["import numpy"] * len(NUMPY)
+
+    def returns(head, expression):
+        return f"{head}\ndef f():\n    return {expression}\n"
+    tasks = [task(returns(head, reference), "f()") for head, (reference, _, _) in zip(heads, VALUES + NUMPY)]
+    answers = [returns(head, answer) + "#" for head, (_, answer, _) in zip(heads, VALUES + NUMPY)]
+    wanted = [(answer, float(equal)) for answer, (_, _, equal) in zip(answers, VALUES + NUMPY)]
+    assert list(zip(answers, grade(answers, tasks))) == wanted
+
+
+def test_hash_order_random_numbers_and_scratch_agree_with_themselves(kind):
+    sources = ["def f():\n    return list({'a', 'bc', 'def', 'q', 3.5, ('x',)})\n",
+               "import random\ndef f():\n    return [random.random() for _ in range(3)]\n",
+               "import numpy\ndef f():\n    return numpy.random.rand(3)\n",
+               "import os, sqlite3\ndef f():\n    sqlite3.connect('a.db').execute('create table t (x int)')\n"
+               "    return sorted(os.listdir('.'))\n"]
+    tasks = [task(source, "f()", "f()") for source in sources] * 3
+    answers = [f"{t.ground_truth}# {i}" for i, t in enumerate(tasks)]
+    assert grade(answers, tasks, workers=2) == [1.0] * len(tasks)
+
+
+def test_a_broken_reference_is_reported_with_its_line(kind, tmp_path, capfd):
+    bad = "def f(x):\n    y = 1\n    return 1 / x\n"
+    file = tmp_path / "tasks.jsonl"
+    file.write_text("\n" + json.dumps(task(bad, "f(1)", "f(0)").to_record()) + "\n")
+    assert grade([bad + "#"], load_tasks(file)) == [0.5]
+    told = [line for line in capfd.readouterr().err.splitlines() if "broken" in line]
+    assert told == [f"{file}, line 2: broken task: its reference fails on test2, f(0): "
+                    "ZeroDivisionError: division by zero (line 3)"]
+    slow = task("def f(x):\n    while x:\n        pass\n    return 1\n", "f(0)", "f(1)")
+    assert grade([slow.ground_truth], [slow], **FAST) == [0.5]
+    assert "task: broken task: its reference fails on test2, f(1): out of time" in capfd.readouterr().err
+
+
+def test_there_is_one_task_for_each_answer():
+    with pytest.raises(ValueError, match="2 answers to 1 tasks"):
+        grade(["a", "b"], [SQUARE])
+    assert grade([], []) == []
+
+
+def test_extract_code():
+    assert extract_code("x = 1") == "x = 1"
+    assert extract_code("a\n```python\nx = 1\n```\nb") == "x = 1\n"
+    assert extract_code("a\n~~~py\nx = 1\n~~~\nb\n```python\ny = 2\n```") == "x = 1\n\ny = 2\n"
+    quoted = 'def f():\n    """\n    ```\n    no\n    ```\n    """\n'
+    assert extract_code(quoted) == quoted
+
+
+@pytest.mark.parametrize("source", [
+    "import os", "from os import path", "import math as m\nm.floor = 1", "x.__class__", "x._y", "g.gi_frame",
+    "getattr(x, 'y')", "type('A', (), {})", "class A: pass", "x.y = 1", "del x.y", "x.y += 1", "for x.y in z: pass",
+    "with a as x.y: pass", "open('a')", "exec('a')", "eval('a')", "__import__('os')", "globals()", "import re.enum",
+    "from collections import abc", "match x:\n    case object(gi_frame=f): pass", "from math import *",
+    "import math.os", "async def f(): pass", "def __f__(): pass", "f = print; f = input", "from . import a",
+    "import re\nre.enum.sys", "from re import enum", "import string", "import typing", "import json\njson.decoder",
+    "from typing import get_type_hints", "import datetime\ndatetime.sys", "def f(a=open): pass", "f(__builtins__=1)"])
+def test_what_may_leave_a_trace_gets_a_process_for_each_call(source):
+    assert not sandbox_worker.leaves_no_trace(ast.parse(source))
+
+
+@pytest.mark.parametrize("source", [
+    RIGHT, "import math\ny = math.pi", "import re, random\ny = re.sub('a', 'b', str(random.random()))",
+    "from typing import List\ndef f(x: List[int]) -> int:\n    return sum(x)", "def f(): yield 1",
+    "from collections import Counter\nx = Counter('ab').most_common(1)", "for _ in range(3): pass",
+    "try:\n    1 / 0\nexcept ValueError as e:\n    pass", "x = [i for i in range(3) if i]\nx[0] = 1\nprint(f'{x!r}')"])
+def test_small_functions_share_a_process(source):
+    assert sandbox_worker.leaves_no_trace(ast.parse(source))
+
+
+# ------------------------------------------------------------------ real tasks, and an independent oracle
+
+def real_tasks():
+    if not COLBENCH.exists():
+        pytest.skip(f"the real ColBench tasks are not at {COLBENCH}")
+    return load_tasks(COLBENCH)
+
+
+def test_real_references_agree_with_themselves(kind):
+    tasks = real_tasks()
+    rewards = grade([f"{t.ground_truth}\n# a run of its own" for t in tasks], tasks)
+    assert len(rewards) == 200 and sum(reward == 1.0 for reward in rewards) >= 198
+
+
+class Edit(ast.NodeTransformer):
+    """Change the n-th place of a program that can be changed: a number, an operator or a comparison."""
+    SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult, ast.Lt: ast.LtE,
+             ast.Gt: ast.GtE, ast.LtE: ast.Lt, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.And: ast.Or,
+             ast.Or: ast.And, ast.In: ast.NotIn}
+
+    def __init__(self, n):
+        self.n = n
+
+    def generic_visit(self, node):
+        super().generic_visit(node)
+        number = isinstance(node, ast.Constant) and type(node.value) in (int, float)
+        if number or type(node) in self.SWAPS:
+            self.n -= 1
+            if self.n == -1:
+                return ast.copy_location(ast.Constant(node.value + 1), node) if number else self.SWAPS[type(node)]()
+        return node
+
+
+ORACLE = """
+import random, sys, json
+sys.stdout = open('/dev/null', 'w')
+def same(a, b):
+    try:
+        return bool(a == b or a != a and b != b)
+    except Exception:
+        import numpy
+        return bool(numpy.array_equal(a, b))
+values = []
+for source in json.load(sys.stdin):
+    random.seed(0)
+    if 'numpy' in source:
+        import numpy
+        numpy.random.seed(0)
+    space = {'__name__': 'answer'}
+    try:
+        exec(source, space)
+        values.append(eval(sys.argv[1], space))
+    except BaseException as error:
+        values.append(None)
+sys.__stdout__.write(str(int(values[0] is not None and values[1] is not None and same(*values))))
+"""
+
+
+def oracle(job):
+    """The slow, obvious way: a new interpreter for each call, both programs in it, compared with ==."""
+    source, reference, calls, folder = job
+    variables = {"PYTHONHASHSEED": "0", "PATH": os.environ["PATH"], "HOME": folder, "OMP_NUM_THREADS": "1"}
+    passed = 0
+    for call in calls:
+        try:
+            done = subprocess.run([sys.executable, "-s", "-c", ORACLE, call], input=json.dumps([reference, source]),
+                                  capture_output=True, text=True, timeout=4, cwd=folder, env=variables)
+            passed += done.stdout.strip() == "1"
+        except subprocess.TimeoutExpired:
+            pass
+    return passed / len(calls)
+
+
+def test_mutants_of_the_real_references_get_the_oracles_reward(tmp_path):
+    """One edit each; three calls a task, so that the oracle takes a minute."""
+    rng, answers, tasks = random.Random(0), [], []
+    for t in real_tasks():
+        if "sqlite" in t.ground_truth or "open(" in t.ground_truth:
+            continue  # these leave files, which the oracle's calls would share
+        tree, probe = ast.parse(t.ground_truth), Edit(-1)
+        probe.visit(copy.deepcopy(tree))
+        if places := -1 - probe.n:
+            answers.append(ast.unparse(ast.fix_missing_locations(Edit(rng.randrange(places)).visit(tree))))
+            tasks.append(task(t.ground_truth, *rng.sample(sorted(t.test_cases.values()), 3)))
+    rewards = grade(answers, tasks)
+    jobs = [(a, t.ground_truth, list(t.test_cases.values()), str(tmp_path)) for a, t in zip(answers, tasks)]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        expected = pool.map(oracle, jobs, chunksize=4)
+    assert len(answers) >= 150
+    assert 0.2 < sum(r == 1.0 for r in rewards) / len(rewards) < 0.8, "the mutants are too easy to tell, or no mutants"
+    assert list(enumerate(rewards)) == list(enumerate(expected))

@@ -1,0 +1,298 @@
+"""Shared prefixes against full sequences, and the Triton kernel against float64: values, gradients, sampled tokens."""
+import copy
+import random
+
+import pytest
+import torch
+from conftest import perturbed, tiny_llama
+from test_actor import biased
+from test_losses import assert_same_gradients, as_batch, flat, gradients, hand_turns
+
+import actor
+import critic
+from env import end_of_turn
+from kernels import logprob
+from kernels.logprob import Tree, can_share, collate, head_is_plain, lay_out, reference_sums, turn_logprobs
+
+
+@pytest.fixture
+def plain():
+    """A function that computes something on the plain path."""
+    def compute(work, *args, **kwargs):
+        logprob.use_plain_path(True)
+        try:
+            return work(*args, **kwargs)
+        finally:
+            logprob.use_plain_path(False)
+    yield compute
+    logprob.use_plain_path(False)
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """Nothing has been said so far."""
+    monkeypatch.setattr(logprob, "_said", set())
+
+
+def ids(rng, vocab, low, high):
+    return [rng.randrange(vocab) for _ in range(rng.randint(low, high))]
+
+
+def forest(vocab, shape, seed=0, longest=9):
+    """Dialogues (segments of context and turn) in groups that share their first context: shape[g] dialogues in group
+    g, of 1 to 3 turns each, in shuffled order."""
+    rng, result = random.Random(f"{seed} {shape}"), []
+    for n in shape:
+        context = ids(rng, vocab, 1, longest)
+        for _ in range(n):
+            rest = [(ids(rng, vocab, 1, 4), ids(rng, vocab, 1, 5)) for _ in range(rng.randint(0, 2))]
+            result.append([(context, ids(rng, vocab, 1, 6)), *rest])
+    rng.shuffle(result)
+    return result
+
+
+# ------------------------------------------------------------------ the tree
+
+def test_what_the_docstring_says(model):
+    """The picture in Tree's docstring: who sees whom, and positions, written out by hand."""
+    tree = Tree(model, [(10, 11), (10, 11)])
+    inputs = tree.inputs(torch.tensor([[12, 13, 14, 12, 15, 16]]), torch.tensor([[1, 1, 1, 2, 2, 2]]))
+    see = (inputs["attention_mask"][0, 0] == 0).int().tolist()
+    assert see == [[1, 1, 1, 0, 0, 0, 0, 0],
+                   [1, 1, 1, 1, 0, 0, 0, 0],
+                   [1, 1, 1, 1, 1, 0, 0, 0],
+                   [1, 1, 0, 0, 0, 1, 0, 0],
+                   [1, 1, 0, 0, 0, 1, 1, 0],
+                   [1, 1, 0, 0, 0, 1, 1, 1]]
+    assert inputs["position_ids"].tolist() == [[2, 3, 4, 2, 3, 4]]
+
+
+def test_padding_is_seen_by_nobody(model):
+    tree = Tree(model, [(10,), (10, 11, 12), (10,)])
+    inputs = tree.inputs(torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.tensor([[1, 3, 3], [2, -1, -1]]))
+    see = (inputs["attention_mask"][:, 0] == 0).int().tolist()
+    assert see[0] == [[1, 0, 0, 1, 0, 0], [1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 1, 1]]
+    assert see[1][0] == [1, 1, 1, 1, 0, 0]
+    assert inputs["position_ids"][0].tolist() == [1, 1, 2] and inputs["position_ids"][1, 0] == 3
+
+
+@pytest.mark.parametrize("name", ["model64", "grouped64"])
+@pytest.mark.parametrize("shape", [(2, 2, 2), (5, 1, 3), (16,), (1, 1, 4)])
+def test_turn_sums_against_a_loop_over_tokens(name, shape, request):
+    model = request.getfixturevalue(name)
+    dialogues = forest(model.config.vocab_size, shape)
+    batch = lay_out(model, [flat(d) for d in dialogues])
+    assert len(batch["prefixes"]) == len(shape)
+    sums, lengths = turn_logprobs(model, batch)
+    for row, counts, segments in zip(sums, lengths, dialogues):
+        want = [float(sum(turn).detach()) for turn in hand_turns(model, segments)]
+        assert row[:len(want)].tolist() == pytest.approx(want, abs=1e-10)
+        assert counts[:len(want)].tolist() == [len(turn) for _, turn in segments]
+        assert not row[len(want):].any() and not counts[len(want):].any()
+
+
+@pytest.mark.parametrize("name", ["model", "grouped"])
+@pytest.mark.parametrize("longest", [2, 40])
+def test_values_and_gradients_equal_the_plain_path(name, longest, request, plain):
+    model = request.getfixturevalue(name)
+    examples = [flat(d) for d in forest(model.config.vocab_size, (2, 7, 1, 3), longest=longest)]
+    weights = torch.randn(len(examples), 3, generator=torch.Generator().manual_seed(0))
+
+    def work():
+        sums, lengths = turn_logprobs(model, lay_out(model, examples))
+        return sums, lengths, gradients((weights * sums).sum() / 10, model)
+    (ours, lengths, grads), (theirs, counts, want) = work(), plain(work)
+    assert torch.equal(lengths, counts) and (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert_same_gradients(grads, want, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["model64", "grouped64"])
+@pytest.mark.parametrize("loss", ["dpo", "critic"])
+def test_losses_and_gradients_equal_the_plain_path(name, loss, request, plain):
+    """Ragged pairs with a shared prompt each, among them two pairs of the same prompt."""
+    initial = request.getfixturevalue(name)
+    trained, dialogues = perturbed(initial), forest(initial.config.vocab_size, (2, 2, 4, 2), seed=5, longest=30)
+    dialogues.sort(key=lambda d: d[0][0])
+    batch = as_batch(initial, list(zip(dialogues[::2], dialogues[1::2])))
+    loss_fn = {"dpo": lambda: actor.preference_loss(trained, batch, 0.3, 0.1),
+               "critic": lambda: critic.loss_fn(trained, batch, 0.3, 0.1, "turn")}[loss]
+
+    def work():
+        value, metrics = loss_fn()
+        return value, metrics, gradients(value, trained)
+    (ours, metrics, grads), (theirs, others, want) = work(), plain(work)
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), abs=1e-10)
+    assert metrics == pytest.approx(others, abs=1e-10)
+    assert_same_gradients(grads, want, 1e-6)  # norms compute in float32
+
+
+def test_reference_sums_equal_the_plain_path(model64, plain):
+    examples = [flat(d) for d in forest(model64.config.vocab_size, (1, 9, 4, 2, 1, 16), longest=20)]
+    want = plain(reference_sums, model64, examples)
+    for batch_tokens in (1, 60, 16384):
+        found = reference_sums(model64, examples, batch_tokens)
+        assert [len(row) for row in found] == [len(row) for row in want]
+        for row, other in zip(found, want):
+            assert row == pytest.approx(other, abs=1e-10)
+
+
+def test_odd_examples(model64, plain):
+    """An agent token at the very start (nothing predicts it), no agent token at all, a prompt of one token."""
+    examples = [([5, 6, 7], [1, 1, 0]), ([5, 8], [1, 1]), ([3, 4, 5], [0, 0, 0]), ([3, 4, 9], [0, 0, 1]),
+                ([3, 4, 5], [0, 0, 0]), ([3], [0]), ([3, 7], [0, 1]), ([3, 9], [0, 2])]
+    ours, lengths = turn_logprobs(model64, lay_out(model64, examples))
+    theirs, counts = plain(lambda: turn_logprobs(model64, lay_out(model64, examples)))
+    assert torch.equal(lengths, counts) and torch.allclose(ours, theirs, atol=1e-10)
+    assert counts.sum(-1).tolist() == [1, 1, 0, 1, 0, 0, 1, 1]
+
+
+def tokens_read(model, work):
+    """How many tokens (padding included) go through the body of the model, and what work returns."""
+    count = []
+    hook = model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: count.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    try:
+        return work(), sum(count)
+    finally:
+        hook.remove()
+
+
+def test_a_prefix_is_read_once(model, tokenizer):
+    """16 branches of 3 tokens on a prompt of 50, as candidates, and as samples of 3 tokens."""
+    can_share(model)
+    rng = random.Random(0)
+    prompt = ids(rng, len(tokenizer), 50, 50)
+    examples = [(prompt + ids(rng, len(tokenizer), 3, 3), [0] * 50 + [1] * 3) for _ in range(16)]
+    _, n = tokens_read(model, lambda: reference_sums(model, examples))
+    assert n == 49 + 16 * 4
+    turns, n = tokens_read(model, lambda: actor.sample(model, tokenizer, [prompt] * 16, range(16), max_tokens=3))
+    assert 49 + 16 < n <= 49 + 16 * 3 and len(turns) == 16
+
+
+def test_nothing_to_share_is_a_plain_batch(model):
+    examples = [flat(d) for d in forest(model.config.vocab_size, (1, 1, 1), seed=2)]
+    batch = lay_out(model, examples)
+    assert {name: t.tolist() for name, t in batch.items()} == {n: t.tolist() for n, t in collate(examples).items()}
+
+
+# ------------------------------------------------------------------ sampling
+
+@pytest.mark.parametrize("head", ["plain", "biased"])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.8, 0.9)])
+def test_the_same_tokens_as_the_plain_path(tokenizer, plain, head, kv_heads, temperature, top_p):
+    """Ragged prompts, several samples of each in any order; turns and whole rows that end at different steps."""
+    model = tiny_llama(len(tokenizer), seed=9, kv_heads=kv_heads, spread=0.5, tie=False)
+    end = end_of_turn(tokenizer)
+    if head == "biased":
+        model = biased(len(tokenizer), {end: 3.0}, kv_heads=kv_heads)
+    else:
+        model.get_output_embeddings().weight.data[end] *= 3.0
+    assert head_is_plain(model) == (head == "plain")
+    rng = random.Random(3)
+    prompts = [p for n in (1, 2, 17, 40, 5, 5, 9) for p in [ids(rng, len(tokenizer), n, n)] * rng.choice((1, 2, 12))]
+    rng.shuffle(prompts)
+    how = {"temperature": temperature, "top_p": top_p, "max_tokens": 40}
+    ours = actor.sample(model, tokenizer, prompts, range(len(prompts)), **how)
+    assert ours == plain(actor.sample, model, tokenizer, prompts, range(len(prompts)), **how)
+    lengths = {}
+    for prompt, turn in zip(prompts, ours):
+        lengths[tuple(prompt)] = max(lengths.get(tuple(prompt), 0), len(turn))
+    assert len(set(lengths.values())) > 3  # the rows ended at different steps
+
+
+# ------------------------------------------------------------------ models that cannot share
+
+def mistral(vocab, window):
+    from transformers import MistralConfig, MistralForCausalLM
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(
+        vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, sliding_window=window, initializer_range=0.5,
+        max_position_embeddings=256)).eval()
+
+
+def gemma2(vocab):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(Gemma2Config(
+        vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, sliding_window=6, initializer_range=0.5, max_position_embeddings=256)).eval()
+
+
+def bloom(vocab):
+    from transformers import BloomConfig, BloomForCausalLM
+    torch.manual_seed(0)
+    return BloomForCausalLM(BloomConfig(vocab_size=vocab, hidden_size=16, n_layer=1, n_head=2)).eval()
+
+
+def check_fallback(model, word, capsys):
+    examples = [flat(d) for d in forest(model.config.vocab_size, (3, 2), longest=20)]
+    for _ in range(2):
+        sums, _ = turn_logprobs(model, lay_out(model, examples))
+    error = capsys.readouterr().err
+    assert not can_share(model) and error.count("cannot share a prefix") == 1 and word in error
+    for row, segments in zip(sums.tolist(), forest(model.config.vocab_size, (3, 2), longest=20)):
+        want = [float(sum(turn).detach()) for turn in hand_turns(model, segments)]
+        assert row[:len(want)] == pytest.approx(want, abs=1e-4)
+
+
+@pytest.mark.parametrize("make, word", [
+    (lambda: mistral(40, 6), "Sliding"), (lambda: gemma2(40), "Sliding"), (lambda: bloom(40), "positions")])
+def test_models_that_cannot_share_say_so_once_and_are_computed_in_full(make, word, capsys, said):
+    check_fallback(make(), word, capsys)
+
+
+def test_a_model_that_ignores_the_mask_is_caught_by_the_probe(capsys, said, monkeypatch):
+    model = tiny_llama(40)
+    forward = model.base_model.forward
+
+    def deaf(*args, position_ids=None, attention_mask=None, **kwargs):
+        return forward(*args, position_ids=position_ids, **kwargs)
+    monkeypatch.setattr(model.base_model, "forward", deaf)
+    check_fallback(model, "probe", capsys)
+
+
+def test_a_sliding_window_samples_the_plain_way(tokenizer, said):
+    """Longer than the window, against one row without padding or cache."""
+    model = mistral(len(tokenizer), 6)
+    prompt = ids(random.Random(1), len(tokenizer), 12, 12)
+    turns = actor.sample(model, tokenizer, [prompt, prompt[:5], prompt], ["a", "b", "c"], max_tokens=8)
+    for key, start, turn in zip("abc", (prompt, prompt[:5], prompt), turns):
+        draws, sequence = actor.noise([key], 8)[0], list(start)
+        for token, draw in zip(turn, draws):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([sequence])).logits[:, -1]
+            assert int(actor.pick(logits, draw[None])) == token
+            sequence.append(token)
+
+
+def test_gradient_checkpointing_is_computed_in_full_and_says_so(model64, capsys, said, plain):
+    examples = [flat(d) for d in forest(model64.config.vocab_size, (2, 3))]
+    trained = copy.deepcopy(model64).train()
+    trained.gradient_checkpointing_enable()
+
+    def work(m):
+        return gradients(turn_logprobs(m, lay_out(m, examples))[0].sum() / 10, m)
+    grads, again = work(trained), work(trained)
+    assert capsys.readouterr().err.count("gradient checkpointing") == 1
+    assert_same_gradients(grads, plain(work, model64), 1e-6)
+    assert_same_gradients(again, grads, 0.0)
+    assert can_share(trained.eval())
+
+
+def test_eager_attention_shares_too(plain):
+    model = tiny_llama(40, kv_heads=1, attn_implementation="eager").double()
+    examples = [flat(d) for d in forest(40, (4, 2))]
+    assert model.config._attn_implementation == "eager" and "prefixes" in lay_out(model, examples)
+    ours, theirs = (f(lambda: turn_logprobs(model, lay_out(model, examples))[0]) for f in (lambda w: w(), plain))
+    assert torch.allclose(ours, theirs, atol=1e-10)
+
+
+def test_bf16_shares_within_its_rounding(plain):
+    model = tiny_llama(40).bfloat16()
+    examples = [flat(d) for d in forest(40, (4, 2))]
+    assert can_share(model)
+    ours, theirs = (f(lambda: turn_logprobs(model, lay_out(model, examples))[0]) for f in (lambda w: w(), plain))
+    exact = turn_logprobs(copy.deepcopy(model).double(), collate(examples))[0]
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
