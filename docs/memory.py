@@ -40,7 +40,7 @@ SHAPES = [Shape("0.5B (Qwen2.5)", 896, 4864, 24, 151936, 128, True, True),
           Shape("8B (Llama 3.1)", 4096, 14336, 32, 128256, 1024, False, False)]
 GPUS = {24: ("RTX 4090", 165e12, 1.0e12), 48: ("L40S", 362e12, 0.86e12), 80: ("H100", 989e12, 3.35e12)}
 TOKENS, SEQUENCES, RANK = 4096, 2, 16  # a long dialogue, chosen and rejected (--micro-batch 1), --lora 16
-CUDA, CHUNK = 1.5 * GB, 1024  # the runtime itself and fragmentation; rows of the head at a time
+CUDA, LOGITS = 1.5 * GB, 2 ** 22  # the runtime itself and fragmentation; logits that the head makes at a time
 
 
 def layer_bytes(s, lora):
@@ -53,10 +53,10 @@ def layer_bytes(s, lora):
 
 def activations(s, lora, checkpointing):
     """Bytes of activations in a backward pass: all layers, or each layer's input and one layer; and a chunk of the
-    head's logits (float32, three copies)."""
+    head's logits (float32, three copies). Every sequence in full: a shared prefix makes it less."""
     tokens = TOKENS * SEQUENCES
     layers = s.L * 2 * s.D + layer_bytes(s, lora) if checkpointing else s.L * layer_bytes(s, lora)
-    return tokens * layers + 3 * 4 * CHUNK * s.V
+    return tokens * layers + 3 * 4 * LOGITS
 
 
 def held(s, lora):
