@@ -19,6 +19,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -329,14 +330,15 @@ def render(tokenizer, messages, reference=None):
 
 # ------------------------------------------------------------------ reward
 
-FENCE = re.compile(r"^ {0,3}(```+|~~~+)[ \t]*([\w+-]*)[^\n`]*\n(.*?)(?:^ {0,3}\1[ \t]*$|\Z)", re.M | re.S)
+FENCE = re.compile(r"^ {0,3}(```+|~~~+)[ \t]*(?![ \t])([\w+-]*)(?![\w+-])[^\n`]*\n(.*?)(?:^ {0,3}\1[ \t]*$|\Z)",
+                   re.M | re.S)
 _REPORTS = {}  # what each (program, calls) gave: policies repeat their answers, and every answer needs its reference
 
 
 def extract_code(answer):
     """The program in an answer: its fenced Markdown blocks (those marked as Python, if some are), or all of it."""
-    answer = answer.replace("\r\n", "\n")
-    blocks = [(kind.lower(), body) for _, kind, body in FENCE.findall(answer) if body.strip()]
+    answer = answer.lstrip("\ufeff").replace("\r\n", "\n")
+    blocks = [(kind.lower(), textwrap.dedent(body)) for _, kind, body in FENCE.findall(answer) if body.strip()]
     python = [body for kind, body in blocks if kind in ("python", "py", "python3")]
     code = "\n".join(python or [body for kind, body in blocks if not kind])
     return code or re.sub(r"(?m)^ {0,3}(```|~~~).*$", "", answer)
@@ -367,6 +369,6 @@ def grade(answers, tasks, call_seconds=1.0, answer_seconds=10.0, workers=None):
                 print(f"{tasks_of[reference].where}: broken task: its reference fails on {name}, {call}: {report[1:]}",
                       file=sys.stderr)
     pairs = [list(zip(_REPORTS[reference], _REPORTS[answer])) for reference, answer in wanted]
-    while len(_REPORTS) > 100_000:
-        del _REPORTS[next(iter(_REPORTS))]  # the oldest
+    for key in [key for key in new if "!out" in str(_REPORTS[key])] + list(_REPORTS)[:-100_000]:
+        _REPORTS.pop(key, None)  # what ran out of time may do better another time; and the oldest
     return [sum(a == b and a[0] != "!" for a, b in pair) / max(1, len(pair)) for pair in pairs]

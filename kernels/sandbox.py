@@ -11,28 +11,35 @@ fast (a fresh Python for each call would take thirty times as long as the call).
   agree exactly where Python's == says so. Whatever an answer patches, forges or floods, it can give one guess a call.
 - The **worker** only forks, kills and wipes. It never sees a job or a result, so that no program finds another one's
   answers in the memory that it inherits. It is process 1 of a namespace of its own, which no signal from inside can
-  end, and from which nothing escapes: when it kills "everybody", that is everybody.
-- The **stem** reads one job, loads the modules that it names and forks a child for each call: definitions, modules,
-  files and processes of one call are gone before the next. Programs that provably only compute (`leaves_no_trace`;
-  most small functions) run in the stem itself; nothing is contained any less for that.
+  end, and from which nothing escapes: when it kills "everybody", that is everybody. A program that changes what it can
+  of its worker (limits, priority, shared memory) costs the worker its place, and nobody a reward.
+- The **stem** gives up what rights there are, reads one job, loads the modules that it names and forks a child for each
+  call: definitions, modules, files and processes of one call are gone before the next. Programs that provably only
+  compute (`leaves_no_trace`; most small functions) run in the stem itself; nothing is contained any less for that.
 
 What is contained, with bubblewrap (Debian: `apt install bubblewrap`; used where a trial shows that it works): no
 network; nothing is readable but the installed software (no home, no /proc, no environment), nothing writable but a
-scratch folder of 64 MiB in memory that is wiped after every program. Always: one second a call, ten a program, 1 GiB
-of data and 16 MiB a file for each process, 256 descriptors, no core dumps, output to nowhere; 32 processes a call
-(threads count), where a user id or a namespace of its own makes them countable.
-Without bubblewrap a PID namespace, a user id of its own (for root), or nothing but limits, whichever works first:
-rewards are exact and programs end in time, but they can read and write what your user can, and use the network. With
-limits alone, which is also all there is on macOS, a program that hunts down its worker can leave a process behind, and
-one that kills *all* your processes does.
-Not contained in any case: holes in the kernel, side channels, and answers that look for the reference where they can
-read it. Limits of time are wall-clock; a call that ran out while it hardly had the processor gets one more try.
+scratch folder of 64 MiB in memory that is wiped after every call. Always: one second a call, ten a program; for each
+process 1 GiB of data, 4 GiB of address space, 16 MiB a file, 256 descriptors, no core dumps; output to nowhere; 32
+processes a call (threads count), where a user id or a namespace of its own makes them countable.
+Without bubblewrap a PID namespace, or nothing but limits, whichever works first, and for root a user id that belongs
+to nobody: rewards are exact and programs end in time, but they can read and write what your user can, and use the
+network. With limits alone, which is also all there is on macOS, a program of a user who is not root can hunt down its
+worker and leave a process behind, or kill *all* your processes.
+Not contained in any case: holes in the kernel, side channels, kernel keyrings, and answers that look for the reference
+where they can read it. The sum over processes is not limited: 32 of them may take 32 GiB.
+
+Limits of exactness: time is wall-clock (a call that ran out while it hardly had the processor gets one more try a
+program); uuid4, os.urandom, numpy's default_rng() and the clock are not seeded; a value may hold 10^6 letters and parts
+and nest about 300 deep; values of kinds that `canonical` does not know (Path, UUID, Enum, dataclass, DataFrame, your
+own classes) equal nothing; an OrderedDict compares like a dict, and a float32 by its exact value.
 
 No torch here. Exercised by `python -m pytest tests/test_grade.py`; measured by `python kernels/bench_grade.py`.
 """
 import collections
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -49,21 +56,23 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+COUNTER = itertools.count()
 REPORT = re.compile(rb"(\d{1,6}|ready) ([0-9a-f]{64}|![ -~]{0,300}|)")
 
 
 def ways():
     """What can contain a worker, the tightest first: (what to say of it, the command in front, a user of its own?)."""
     packages = [path for path in sys.path if path.endswith("-packages")]
-    shown = sorted({"/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", sys.prefix, sys.base_prefix, *packages})
+    shown = sorted({"/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/alternatives", sys.prefix,
+                    sys.base_prefix, *packages})
     roads = sorted({str(parent) for path in shown for parent in Path(path).parents if len(parent.parts) > 1})
     root = os.getuid() == 0
     apart = "--unshare-pid --unshare-net --unshare-ipc --unshare-uts --cap-add ALL" if root else "--unshare-all"
     bwrap = f"bwrap {apart} --as-pid-1 --die-with-parent".split()
-    bwrap += [word for path in roads for word in ("--dir", path)]
+    bwrap += [word for path in [*roads, "/dev"] for word in ("--dir", path)]
     bwrap += [word for path in shown for word in ("--ro-bind-try", path, path)]
     bwrap += [word for name in ("null", "zero", "random", "urandom") for word in ("--dev-bind", *[f"/dev/{name}"] * 2)]
-    bwrap += f"--size {2 ** 26} --tmpfs /scratch --chdir /scratch --remount-ro /".split()
+    bwrap += f"--size {2 ** 26} --tmpfs /scratch --symlink /scratch /dev/shm --chdir /scratch --remount-ro /".split()
     unshare = f"unshare {'' if root else '--user --map-root-user'} --pid --fork --kill-child".split()
     worse = "they can read and write what you can (for more, apt install bubblewrap)"
     return [("bubblewrap: no network, no files of yours", bwrap, root), (f"a PID namespace: {worse}", unshare, root),
@@ -73,14 +82,14 @@ def ways():
 class Worker:
     """A warm process for one thread of `run`, with a line for orders, one for jobs and one for results."""
 
-    def __init__(self, slot, way):
-        self.slot, self.way, self.process = slot, way, None
+    def __init__(self, way):
+        self.way, self.process = way, None
         self.start()
 
     def start(self):
         self.close()
         _, command, own = ways()[self.way]
-        uid = 2 ** 30 + os.getpid() * 64 + self.slot % 64 if own else 0  # a user that is nobody else
+        uid = 2 ** 30 + os.getpid() % 2 ** 20 * 2 ** 10 + next(COUNTER) % 2 ** 10 if own else 0  # nobody else's
         # the kernel takes these first when memory runs out; same addresses for all (hash(None) may be one)
         lower = """echo 1000 2>/dev/null >/proc/self/oom_score_adj
             setarch -R true 2>/dev/null && exec setarch -R "$@"; exec "$@" """
@@ -97,13 +106,18 @@ class Worker:
                 env=env, cwd=self.scratch, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=theirs,
                 start_new_session=True)
         if self.control.recv(1) != b"A":
+            self.close()
             raise OSError("a worker of the grader did not start")
+        self.control.settimeout(5)
 
     def close(self):
         if self.process:
             self.control.close()  # the worker sees it, cleans up and leaves
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                self.process.communicate(timeout=5)
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+            self.process.stdout.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=5)
             self.process.kill()
             self.process.wait()
             subprocess.run(["sh", "-c", 'chmod -R u+rwX "$1"; rm -rf "$1"', "sh", self.scratch], check=False)
@@ -113,28 +127,30 @@ class Worker:
         """One report a call: the digest of its value, or "!" and what went wrong."""
         reports, end, patient = [], time.monotonic() + answer_seconds, True
         while len(reports) < len(calls) and time.monotonic() < end:
+            began, spent = time.monotonic(), math.inf
             try:
                 self.control.send(b"B")
                 job = [source, list(enumerate(calls))[len(reports):]]
                 self.process.stdin.write(json.dumps(job).encode() + b"\n")
                 self.process.stdin.flush()
-                self.listen(reports, len(calls), call_seconds, end)
+                if not self.listen(reports, len(calls), call_seconds, end):
+                    raise OSError("the stem never began: its job may be unread")
                 self.control.send(b"E")
                 spent = struct.unpack("d", self.control.recv(8))[0]
                 while select.select([self.process.stdout], [], [], 0)[0]:  # whatever else it wrote
                     os.read(self.process.stdout.fileno(), 2 ** 16)
-            except (OSError, struct.error):  # the program took its worker along
-                self.start()
-                spent = math.inf
+            except (OSError, ValueError, struct.error):  # the program took its worker along, or it took too long
+                with contextlib.suppress(OSError):  # where none can be started now, the next round tries again
+                    self.start()
             if len(reports) < len(calls):
-                if not patient or spent > call_seconds / 2:
+                if not patient or spent > (time.monotonic() - began) / 2:
                     reports.append("!out of time, or its process died")
                 patient = False  # it slept, or the machine was busy: one more try a program
         return reports + ["!the program's time was up"] * (len(calls) - len(reports))
 
     def listen(self, reports, wanted, call_seconds, end):
-        """Append reports until all are there or a clock runs out, or too much was said."""
-        out, tail, size, clock = self.process.stdout.fileno(), b"", 0, end
+        """Append reports until all are there or a clock runs out, or too much was said. Did the program begin?"""
+        out, tail, size, clock, begun = self.process.stdout.fileno(), b"", 0, end, False
         while len(reports) < wanted and size < 2 ** 20:
             left = min(clock, end) - time.monotonic()
             data = os.read(out, 2 ** 16) if left > 0 and select.select([out], [], [], left)[0] else b""
@@ -143,18 +159,19 @@ class Worker:
             *lines, tail = (tail + data).split(b"\n")
             tail, size = tail[-400:], size + len(data)
             for index, report in (found.groups() for found in map(REPORT.fullmatch, lines) if found):
-                if index == b"ready" and clock == end:  # what it imports is loaded: the first call begins
-                    clock = time.monotonic() + call_seconds
+                if index == b"ready" and not begun:  # what it imports is loaded: the first call begins
+                    clock, begun = time.monotonic() + call_seconds, True
                 elif index == b"%d" % len(reports) and len(reports) < wanted:
                     reports.append(report.decode())
                     clock = time.monotonic() + call_seconds
+        return begun
 
 
 @functools.lru_cache(maxsize=1)
 def tightest_way():
     """Which of the `ways` works here, found out by trying; says so once."""
     for way, (text, _, _) in enumerate(ways()):
-        with contextlib.suppress(OSError), contextlib.closing(Worker(63, way)) as one:
+        with contextlib.suppress(OSError), contextlib.closing(Worker(way)) as one:
             if one.run("import decimal, os", ["os.getpid()"], 5, 10)[0][0] != "!":
                 print(f"sweet: answers run under {text}", file=sys.stderr)
                 return way
@@ -164,13 +181,14 @@ def tightest_way():
 def run(jobs, call_seconds=1.0, answer_seconds=10.0, workers=None):
     """Run (source, calls) jobs, in parallel; for each job a list of reports, one a call: a digest of the value that the
     call returned, or "!" and what went wrong."""
-    left, reports, workers = collections.deque(enumerate(jobs)), {}, min(workers or os.cpu_count(), len(jobs))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    left, reports, workers = collections.deque(enumerate(jobs)), {}, min(workers or cores, len(jobs))
     if not jobs:
         return []
     way = tightest_way()
     with tqdm(total=len(jobs), desc="     grading", delay=3, leave=False) as bar:
-        def serve(slot):
-            with contextlib.closing(Worker(slot, way)) as one, contextlib.suppress(IndexError):
+        def serve(_):
+            with contextlib.closing(Worker(way)) as one, contextlib.suppress(IndexError):
                 while True:
                     i, job = left.popleft()
                     reports[i] = one.run(*job, call_seconds, answer_seconds)

@@ -24,6 +24,7 @@ import signal
 import socket
 import struct
 import sys
+import traceback
 
 PURE = "bisect collections datetime heapq itertools json math random re".split()  # modules without state
 
@@ -36,6 +37,8 @@ def canonical(value, room):
     if room[0] < 0:
         raise ValueError("the value is too large to compare")
     kind = type(value).__name__
+    if type(value).__module__ == "numpy" and kind in ("datetime64", "timedelta64"):
+        return f"{kind} {value}"
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):  # scalars and arrays compare by value
         return f"array{value.shape}{canonical(value.tolist(), room)}" if value.ndim else canonical(value.item(), room)
     if isinstance(value, complex):
@@ -83,7 +86,7 @@ def leaves_no_trace(tree):
     or leads into the interpreter; any other program gets a fresh process for each call.
     """
     banned, inner = doors()
-    typing = "Any Callable Dict Iterable List Optional Sequence Set Tuple Union".split()
+    typing = "Any Callable Dict List Optional Set Tuple Union".split()
     for node in ast.walk(tree):
         imported = {alias.name for alias in node.names} if isinstance(node, (ast.Import, ast.ImportFrom)) else set()
         module, attribute = getattr(node, "module", None), getattr(node, "attr", "")
@@ -91,7 +94,8 @@ def leaves_no_trace(tree):
                 or isinstance(node, ast.Import) and not imported <= set(PURE)
                 or isinstance(node, ast.ImportFrom) and (module not in PURE or imported & {"*", *inner})
                 and (module != "typing" or not imported <= set(typing))
-                or re.match("_|(gi|cr|ag|f|tb|co)_", attribute) or attribute in inner
+                or any(name[0] == "_" for name in imported)
+                or re.match("_|register|(gi|cr|ag|f|tb|co)_", attribute) or attribute in inner
                 or attribute and not isinstance(node.ctx, ast.Load)
                 or any(name in banned or str(name).startswith("__")
                        for name in (getattr(node, key, None) for key in ("id", "name", "arg")))):
@@ -120,7 +124,8 @@ def run_call(index, code, call, out):
         while frame:
             lines += [frame.tb_lineno] if frame.tb_frame.f_code.co_filename == "<answer>" else []
             frame = frame.tb_next
-        report = f"!{ascii(f'{type(error).__name__}: {error}'[:200])[1:-1][:250]} (line {lines[-1]})"
+        text = traceback.format_exception_only(error)[-1].strip()
+        report = f"!{ascii(text[:200])[1:-1][:250]} (line {lines[-1]})"
     os.write(out, f"\n{index} {report}\n".encode())
 
 
@@ -143,11 +148,41 @@ def end_all(alone):
             os.waitpid(-1, 0)
 
 
-def stem(null, prctl, processes):
+def wipe(folder):
+    """Empty a folder. (Where that fails, so does the worker, and another one starts elsewhere.)"""
+    for entry in os.scandir(folder):
+        shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
+
+
+def condition(libc):
+    """What a program can change about its worker without being able to end it: limits, priority, shared memory."""
+    segments = (ctypes.c_int * 64)()
+    linux = [libc.shmctl(0, 14, segments) and segments[0], os.sched_getaffinity(0), os.sched_getscheduler(0)] if (
+        sys.platform == "linux") else []
+    return [os.getpriority(0, 0), *map(resource.getrlimit, (
+        getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_"))), *linux]
+
+
+def become(uid, libc):
+    """Give up all rights of a root, but one: to read, where its Python lies in its home. uid 0: we are not root."""
+    if uid:
+        libc.prctl(8, 1)  # PR_SET_KEEPCAPS
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        header, none, read = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)(4, 4)
+        kept = os.path.exists("/proc") and libc.capset(header, read) == 0
+        if not kept and libc.capset(header, none):
+            os._exit(1)
+
+
+def stem(null, libc, prctl, uid, processes):
     """One program's process: read the job, load what it imports, run its calls, each in a process of its own."""
     os.setsid()
-    prctl(1, signal.SIGKILL)
-    prctl(36, 1)
+    become(uid, libc)
+    prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: where the process above dies, so do we
+    prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come to us
+    prctl(4, 1)
     for what, most in (("CORE", 0), ("FSIZE", 2 ** 24), ("NOFILE", 256), ("AS", 2 ** 32), ("DATA", 2 ** 30)):
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(getattr(resource, f"RLIMIT_{what}"), (most, most))
@@ -171,14 +206,19 @@ def stem(null, prctl, processes):
     os.write(out, b"\nready \n")
     for index, call in calls:
         if together:
+            gc.collect()  # what the call before left behind
             run_call(index, code, call, out)
         elif child := os.fork():
             os.waitpid(child, 0)
             end_all(os.getppid() == 1)
+            with contextlib.suppress(OSError, RecursionError):  # the worker will see to it
+                wipe(".")
             os.write(out, f"\n{index} !its process died\n".encode())  # counts only where no report came before
         else:
+            prctl(1, signal.SIGKILL)
             os.mkdir(f"call{index}")
             os.chdir(f"call{index}")
+            os.environ.update(HOME=os.getcwd(), TMPDIR=os.getcwd())
             resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
             run_call(index, code, call, out)
             os._exit(0)
@@ -187,46 +227,39 @@ def stem(null, prctl, processes):
 def worker(uid):
     """The warm process: forks a stem when told to, ends it when told to, and never sees a job or a result.
 
-    uid: the user to become, where we are root (0: nobody else).
+    uid: the user that stems become, where we are root (0: nobody else).
     """
     control, null = socket.socket(fileno=os.dup(2)), os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 2)
     libc = ctypes.CDLL(None)
     prctl = libc.prctl if sys.platform == "linux" else lambda *_: 0
+    prctl(4, 0)  # PR_SET_DUMPABLE: nobody looks into this process
+    prctl(36, 1)
+    prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    alone, processes = os.getpid() == 1, 32  # alone: process 1 of a PID namespace
+    end_all(alone)
     if uid:
         os.chown(".", uid, uid)
-        prctl(8, 1)  # PR_SET_KEEPCAPS: all rights go but one, to read the Python of a root who keeps it at home
-        os.setgroups([]), os.setresgid(uid, uid, uid), os.setresuid(uid, uid, uid)
-        header, read = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(4, 4)
-        kept = os.path.exists("/proc") and libc.capset(header, read) == 0
-        if not kept and libc.capset(header, (ctypes.c_uint32 * 6)()):
-            return
-    prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: where the process above dies, so do we, as far as it has the right
-    prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come to us
-    alone = os.getpid() == 1 or bool(uid)  # a PID namespace, or at least a user, of our own
-    end_all(alone)
-    processes = 32
-    if not uid and os.path.exists("/proc/loadavg"):  # the limit counts all that the user runs: add that
+    elif os.path.exists("/proc/loadavg"):  # the limit counts all that the user runs: add that
         with open("/proc/loadavg", encoding="ascii") as load:
             processes += int(load.read().split("/")[1].split()[0])
     doors()  # once here, so that no stem has to
-    os.environ.update(HOME=os.getcwd(), TMPDIR=os.getcwd())
     gc.freeze()
     control.send(b"A")
+    healthy = condition(libc)
     while control.recv(1):
         pid = os.fork()
         if pid == 0:
             control.close()
-            stem(null, prctl, processes)
+            stem(null, libc, prctl, uid, processes)
             os._exit(0)
         order = control.recv(1)  # the parent says when; or it is gone, which is the same
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         os.kill(pid, signal.SIGKILL)
         end_all(alone)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        for entry in os.scandir():  # where wiping fails, this worker ends and another one starts
-            shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
-        if not order:
+        wipe(".")
+        if not order or condition(libc) != healthy:
             return
         control.send(struct.pack("d", after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
 

@@ -42,7 +42,7 @@ def kinds():
 def kind(request, monkeypatch):
     way = kinds()[request.param]
     try:
-        one = sandbox.Worker(62, way)
+        one = sandbox.Worker(way)
     except OSError:
         pytest.skip(f"{request.param} does not work here (bubblewrap: apt install bubblewrap)")
     one.close()
@@ -66,23 +66,26 @@ def test_every_program_of_the_corpus_gets_what_it_has_earned_and_harms_no_other(
     assert rewards[1::2] == [1.0] * len(names), "another program paid for it"
 
 
-def processes():
-    found = []
+def family(root):
+    """The processes that descend from one, by what /proc says: pids."""
+    parents, found = {}, set()
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
-            found.append(Path(f"/proc/{name}/cmdline").read_bytes())
+            parents[int(name)] = int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             pass
-    return [line for line in found if b"The far side of kernels/sandbox.py" in line]
+    while more := {pid for pid, parent in parents.items() if parent in found | {root}} - found:
+        found |= more
+    return found
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
 def test_orphans_are_gone_and_write_nothing_later(kind, tmp_path):
     os.chmod(tmp_path, 0o777)
-    mark, before = tmp_path / "late", len(processes())
+    mark, before = tmp_path / "late", family(os.getpid())
     program = PROGRAMS["daemon"][1].replace("time.sleep(99)", f"time.sleep(1.5)\n            open({str(mark)!r}, 'w')")
     assert grade([program], [SQUARE], **FAST) == [1.0]
-    assert len(processes()) == before
+    assert family(os.getpid()) <= before
     time.sleep(2)
     assert not mark.exists()
 
@@ -91,19 +94,19 @@ def test_orphans_are_gone_and_write_nothing_later(kind, tmp_path):
 def test_nothing_outlives_a_grader_that_is_killed(kind):
     """Not even the program that was running: the worker sees the end of its orders, kills everybody and leaves."""
     start = (f"from kernels import sandbox; sandbox.tightest_way = lambda: {sandbox.tightest_way()}; "
-             "sandbox.run([('while True: pass', ['1'])], 60, 60, 1)")
-    before = len(processes())
+             "sandbox.run([('import os\\nos.fork()\\nwhile True: pass', ['1'])], 60, 60, 1)")
     parent = subprocess.Popen([sys.executable, "-c", start], cwd=Path(env.__file__).parent)
     end = time.monotonic() + 20
-    while len(processes()) < before + 2 and time.monotonic() < end:
+    while len(family(parent.pid)) < 4 and time.monotonic() < end:
         time.sleep(0.05)
-    assert len(processes()) >= before + 2, "worker and stem should be there by now"
+    born = family(parent.pid)
+    assert len(born) >= 4, "worker, stem, call and its child should be there by now"
     parent.kill()
     parent.wait()
     end = time.monotonic() + 10
-    while len(processes()) > before and time.monotonic() < end:
+    while any(os.path.exists(f"/proc/{pid}") for pid in born) and time.monotonic() < end:
         time.sleep(0.05)
-    assert len(processes()) == before
+    assert [pid for pid in born if os.path.exists(f"/proc/{pid}")] == []
 
 
 def test_a_canary_folder_and_a_listening_socket_stay_untouched(kind, tmp_path, monkeypatch):
@@ -170,6 +173,58 @@ def test_a_vandal_spoils_no_other_answer(kind):
     vandal = "import builtins\nbuiltins.len = lambda x: 2\ndef f():\n    return len([])"
     honest = "def f():\n    return len([])"
     assert grade([vandal, honest, vandal + "\n#", honest + "\n#"], [two] * 4, workers=1) == [1.0, 0.0, 1.0, 0.0]
+
+
+MEDDLERS = {  # changes to the worker that would last, were it not replaced
+    "file_size": "resource.prlimit(PID, resource.RLIMIT_FSIZE, (1, 1))",
+    "data": "resource.prlimit(PID, resource.RLIMIT_DATA, (10 ** 7, 10 ** 7))",
+    "processes": "resource.prlimit(PID, resource.RLIMIT_NPROC, (0, 0))",
+    "priority": "os.setpriority(os.PRIO_PROCESS, PID, 19)",
+    "affinity": "os.sched_setaffinity(PID, {0})",
+    "memory": "ctypes.CDLL(None).process_vm_writev(PID, 0, 0, 0, 0, 0)",
+    "trace": "ctypes.CDLL(None).ptrace(16, PID, 0, 0)",
+    "shared_memory": "ctypes.CDLL(None).shmget(0, 10 ** 8, 0o1666)",
+    "stop": "os.kill(PID, 19)",
+}
+
+
+def test_who_meddles_with_the_worker_harms_no_other_answer(kind):
+    writes = "def f(x):\n    open('a', 'w').write('abc' * 10 ** 5)\n    return [x, x * x]\n"
+    answers = []
+    for name, act in MEDDLERS.items():
+        code = act.replace("PID", "os.getppid() if os.getppid() == 1 else int(open(f'/proc/{os.getppid()}/stat').read()"
+                                  ".rpartition(')')[2].split()[1])")
+        answers += [f"import ctypes, os, resource\n# {name}\ndef f(x):\n    try:\n        {code}\n"
+                    "    except Exception:\n        pass\n    return [x, x * x]\n", f"{writes}# {name}\n"]
+    if kind == "bubblewrap":
+        answers = [a.replace("os.getppid() if os.getppid() == 1 else int(open(f'/proc/{os.getppid()}/stat').read()"
+                             ".rpartition(')')[2].split()[1])", "1") for a in answers]
+    assert grade(answers, [SQUARE] * len(answers), **FAST, workers=1)[1::2] == [1.0] * len(MEDDLERS)
+
+
+def test_devices_and_shared_memory_are_there(kind):
+    answer = ("import multiprocessing, os, subprocess\ndef f(x):\n    open('/dev/null', 'w').write('x')\n"
+              "    subprocess.run(['true'], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)\n"
+              "    lock = multiprocessing.Lock()\n    assert len(open('/dev/urandom', 'rb').read(3)) == 3\n"
+              "    return [x, x * x]\n")
+    assert grade([answer], [SQUARE]) == [1.0]
+
+
+def test_nothing_stays_from_one_call_to_the_next(kind):
+    answer = ("import os, tempfile\ndef f(x):\n    seen = os.listdir('..'), os.listdir(tempfile.gettempdir())\n"
+              "    open(os.path.join(tempfile.gettempdir(), 'state'), 'w').close()\n    open('state', 'w').close()\n"
+              "    return [x, x * x] if 'state' not in str(seen) else seen\n")
+    assert grade([answer], [SQUARE]) == [1.0]
+    hoarder = ("def f(x):\n    memo = [0] * (4 * 10 ** 7)\n    def rec(n):\n"
+               "        return memo[0] if n == 0 else rec(n - 1)\n    return [x, x * x + rec(3)]\n")
+    assert grade([hoarder], [SQUARE], call_seconds=5.0) == [1.0]
+
+
+def test_two_threads_may_grade_at_the_same_time(kind):
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(2) as pool:
+        rewards = list(pool.map(lambda k: grade([f"{RIGHT}# {k} {i}" for i in range(8)], [SQUARE] * 8), range(2)))
+    assert rewards == [[1.0] * 8] * 2
 
 
 # ------------------------------------------------------------------ values
@@ -255,6 +310,10 @@ def test_extract_code():
     assert extract_code("x = 1") == "x = 1"
     assert extract_code("a\n```python\nx = 1\n```\nb") == "x = 1\n"
     assert extract_code("a\n~~~py\nx = 1\n~~~\nb\n```python\ny = 2\n```") == "x = 1\n\ny = 2\n"
+    assert extract_code("- here:\n   ```python\n   x = 1\n   ```\n") == "x = 1\n"
+    start = time.monotonic()
+    assert extract_code("```" + "a" * 20000 + "`\n" + "```" + " " * 20000 + "`") is not None
+    assert time.monotonic() - start < 2, "not linear in the length of a line"
     quoted = 'def f():\n    """\n    ```\n    no\n    ```\n    """\n'
     assert extract_code(quoted) == quoted
 
