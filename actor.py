@@ -25,8 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from env import DialogueEnv, Task, control_tokens, end_of_turn, grade, render
-from kernels.fit import arg, fit
+from env import DialogueEnv, InputError, Task, action_tokens, control_tokens, end_of_turn, grade, render
+from kernels.fit import arg, check_context, fit
 from kernels.logprob import branches, lay_out, reference_sums, turn_logprobs
 
 
@@ -112,6 +112,7 @@ def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_t
     when the turn was cut off at max_tokens or at a control token that has no place in a turn, without it. keys: what
     each row's randomness is seeded with, any value with a repr."""
     eot, prompts = end_of_turn(tokenizer), [tuple(prompt) for prompt in prompts]
+    check_context(model, max(map(len, prompts)) + max_tokens, "a dialogue with its next turn")
     control = torch.tensor(control_tokens(tokenizer), device=model.device)
     noise_BT = noise(keys, max_tokens).to(model.device)
     live = torch.arange(len(prompts), device=model.device)  # the prompts whose turn is not over
@@ -137,37 +138,49 @@ def turn_text(tokenizer, output_ids):
 
 
 def play_out(model, tokenizer, envs, human, keys, *, temperature=1.0, top_p=1.0, max_tokens=64):
-    """Play dialogues to their end, all in lock-step. envs: DialogueEnv after reset() or observe(); keys: a seed for
-    each.
+    """Play dialogues to their end, all in lock-step. envs: DialogueEnv in any state; keys: a seed for each. Where the
+    human leaves (replies None), the dialogue stays without an answer.
 
     Every agent turn keeps its `output_ids`, so that log-probs are of the tokens that were sampled, and, as in
     ColBench's format, `input` and `output` (the text that the model read and wrote).
     """
-    live = list(range(len(envs)))
+    live = [i for i, env in enumerate(envs) if env.answer is None]
     while live:
+        asked = [i for i in live if envs[i].messages[-1]["role"] == "assistant"]
+        for i, reply in zip(asked, human.reply([envs[i].task for i in asked], [envs[i].messages for i in asked])):
+            if reply is not None:
+                envs[i].observe(reply)
+        live = [i for i in live if envs[i].messages[-1]["role"] == "user"]
+        if not live:
+            break
         prompts = [render(tokenizer, envs[i].messages)[0] for i in live]
         turns = sample(model, tokenizer, prompts, [(keys[i], envs[i].turns) for i in live], temperature=temperature,
                        top_p=top_p, max_tokens=max_tokens)
-        going = []
         for i, prompt, output_ids in zip(live, prompts, turns):
-            text = turn_text(tokenizer, output_ids)
             texts = {"input": tokenizer.decode(prompt), "output": tokenizer.decode(output_ids)}
-            if not envs[i].step(text, **texts, output_ids=output_ids):
-                going.append(i)
-        for i, reply in zip(going, human.reply([envs[i].task for i in going], [envs[i].messages for i in going])):
-            envs[i].observe(reply)
-        live = going
+            envs[i].step(turn_text(tokenizer, output_ids), **texts, output_ids=output_ids)
+        live = [i for i in live if envs[i].answer is None]
 
 
 def play_tasks(model, tokenizer, tasks, human, keys, cfg, **decoding):
-    """Play a dialogue on each task to its end and grade it: a list of trajectories in ColBench's format."""
+    """Play a dialogue on each task to its end and grade it: a list of trajectories in ColBench's format, None for one
+    that the human left."""
     envs = [DialogueEnv(cfg.max_turns) for _ in tasks]
     for env, task in zip(envs, tasks):
         env.reset(task)
     play_out(model, tokenizer, envs, human, keys, max_tokens=cfg.max_tokens, **decoding)
-    rewards = grade([env.answer for env in envs], tasks, cfg.call_seconds)
-    return [{"task": env.task.to_record(), "dialogue_history": env.messages, "answer": env.answer, "reward": reward}
-            for env, reward in zip(envs, rewards)]
+    ended = [env for env in envs if env.answer is not None]
+    rewards = grade([env.answer for env in ended], [env.task for env in ended], cfg.call_seconds)
+    rewards = dict(zip(map(id, ended), rewards))
+    return [{"task": env.task.to_record(), "dialogue_history": env.messages, "answer": env.answer,
+             "reward": rewards[id(env)]} if id(env) in rewards else None for env in envs]
+
+
+def check_tasks(model, tokenizer, tasks, cfg):
+    """InputError, before any work, where a task's first prompt, with c, is too long for the model."""
+    for i, task in enumerate(tasks):
+        ids, _ = render(tokenizer, DialogueEnv(cfg.max_turns).reset(task), task.ground_truth)
+        check_context(model, len(ids) + cfg.max_tokens, f"task {i + 1}, its reference and one turn")
 
 
 def bare(messages):
@@ -181,9 +194,21 @@ def sample_candidates(model, tokenizer, states, keys, n, max_tokens):
     prompts = [render(tokenizer, state["messages"])[0] for state in states for _ in range(n)]
     turns = sample(model, tokenizer, prompts, [(*key, k) for key in keys for k in range(n)], max_tokens=max_tokens)
     for i, state in enumerate(states):
-        counts = Counter(tuple(turn) for turn in turns[i * n:(i + 1) * n] if turn)
-        state["candidates"] = [{"content": turn_text(tokenizer, list(turn)), "output_ids": list(turn), "count": count}
-                               for turn, count in counts.items()]
+        state["candidates"] = distinct(tokenizer, turns[i * n:(i + 1) * n])
+
+
+def distinct(tokenizer, turns):
+    """Sampled turns (lists of token ids) as candidates: each different one once, with how often it was sampled."""
+    return [{"content": turn_text(tokenizer, list(turn)), "output_ids": list(turn), "count": count}
+            for turn, count in Counter(tuple(turn) for turn in turns if turn).items()]
+
+
+def adopt_candidates(tokenizer, states):
+    """The same from turns that were sampled elsewhere: texts, or {"content"} with or without "output_ids", "count"."""
+    for state in states:
+        turns = [{"content": c} if isinstance(c, str) else c for c in state["candidates"]]
+        state["candidates"] = distinct(tokenizer, [action_tokens(tokenizer, c) for c in turns
+                                                   for _ in range(c.get("count", 1))])
 
 
 def play_on(model, tokenizer, states, human, n, cfg, seed):
@@ -199,11 +224,10 @@ def play_on(model, tokenizer, states, human, n, cfg, seed):
                 env.step(candidate["content"], output_ids=candidate["output_ids"])
                 envs.append(env)
                 keys.append((seed, "play on", s, c, k))
-    going = [i for i, env in enumerate(envs) if env.answer is None]
-    for i, reply in zip(going, human.reply([envs[i].task for i in going], [envs[i].messages for i in going])):
-        envs[i].observe(reply)
-    for part in (going[i:i + 512] for i in range(0, len(going), 512)):
-        play_out(model, tokenizer, [envs[i] for i in part], human, [keys[i] for i in part], max_tokens=cfg.max_tokens)
+    for i in range(0, len(envs), 512):
+        play_out(model, tokenizer, envs[i:i + 512], human, keys[i:i + 512], max_tokens=cfg.max_tokens)
+    if any(env.answer is None for env in envs):
+        raise InputError("the human left; the same command starts this stage again")
     rewards = iter(grade([env.answer for env in envs], [env.task for env in envs], cfg.call_seconds))
     for candidate in (c for state in states for c in state["candidates"]):
         candidate["returns"] = [next(rewards) for _ in range(n)]
@@ -229,9 +253,7 @@ def turn_pairs(advantages, counts, n, rng):
 def turn_view(tokenizer, prompt, turn):
     """(input_ids, turn_ids) of one turn after its observation: only the turn's tokens have a turn number (1)."""
     prefix, _ = render(tokenizer, prompt)
-    ids = turn.get("output_ids")
-    if ids is None:
-        ids = render(tokenizer, [*prompt, {"role": "assistant", "content": turn["content"]}])[0][len(prefix):]
+    ids = action_tokens(tokenizer, turn)
     return prefix + ids, [0] * len(prefix) + [1] * len(ids)
 
 

@@ -13,6 +13,7 @@ This file needs no torch. Place in the data flow: tasks.jsonl -> Task -> Dialogu
 ids, and answers -> grade -> rewards. Differences from the paper: none in the protocol; answers run in a sandbox
 (kernels/sandbox.py).
 """
+import copy
 import functools
 import json
 import os
@@ -22,6 +23,8 @@ import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jinja2 import TemplateError
+from tokenizers import AddedToken
 from tqdm import tqdm
 
 from kernels import sandbox
@@ -89,12 +92,25 @@ class JsonlWriter:
 
 
 def write_groups(path, items, size, make, label):
-    """Write make(items[i:i + size], i), one record an item, group by group, with a bar; goes on at a whole group."""
+    """Write make(items[i:i + size], i), one record an item, group by group, with a bar; goes on at a whole group.
+
+    A record that is None could not be made now: the group's others are kept aside, the missing ones are listed there
+    and in the InputError, and the next call asks for those alone.
+    """
     writer = JsonlWriter(path, size)
     with tqdm(total=len(items), initial=writer.done, desc=f"{label:>12}", mininterval=0.5) as bar:
         for i in range(writer.done, len(items), size):
-            records = make(items[i:i + size], i)
+            part, aside = items[i:i + size], Path(f"{path}.{i}-{min(i + size, len(items))}.unfinished")
+            records = json.loads(aside.read_text(encoding="utf-8"))["records"] if aside.exists() else [None] * len(part)
+            todo = [j for j, record in enumerate(records) if record is None]
+            for j, record in zip(todo, make([part[j] for j in todo], i)):
+                records[j] = record
+            if missing := [part[j] for j in todo if records[j] is None]:
+                write_json(aside, {"missing": missing, "records": records})
+                raise InputError(f"{aside}: {len(missing)} of {len(part)} unfinished: {', '.join(map(str, missing))}; "
+                                 "the others are kept there, and the same command goes on with these")
             writer.write(records)
+            aside.unlink(missing_ok=True)
             bar.update(len(records))
             if "reward" in records[0]:
                 bar.set_postfix(reward=f"{sum(r['reward'] for r in records) / len(records):.3f}", refresh=False)
@@ -132,11 +148,11 @@ class Task:
                 "test_cases": self.test_cases, **self.extra}
 
     @classmethod
-    def from_record(cls, record, where="task"):
+    def from_record(cls, record, where="task", optional=("test_cases",)):
         """Read ColBench's record. InputError, naming `where`, when a field is missing or of the wrong kind."""
         known = {"problem_description": str, "ground_truth": str, "test_cases": dict}
         for name, kind in known.items():
-            if name not in record and name != "test_cases":
+            if name not in record and name not in optional:
                 raise InputError(f"{where}: field '{name}' is missing; found {sorted(record)[:8]}")
             if not isinstance(record.get(name, kind()), kind):
                 raise InputError(f"{where}: field '{name}' should be a {kind.__name__}, is {record[name]!r:.40}")
@@ -144,12 +160,28 @@ class Task:
         return cls(**values, extra={k: value for k, value in record.items() if k not in known}, where=where)
 
 
-def load_tasks(path):
-    """Read a ColBench task file. InputError on a missing file or field, a broken line, or no task at all."""
-    tasks = [Task.from_record(record, f"{path}, line {number}") for number, record in read_jsonl(path)]
+def load_tasks(path, optional=("test_cases",)):
+    """Read a ColBench task file. optional: fields that the task at hand can do without (a file of web pages has no
+    test_cases). InputError on a missing file or field, a broken line, or no task at all."""
+    tasks = [Task.from_record(record, f"{path}, line {number}", optional) for number, record in read_jsonl(path)]
     if not tasks:
         raise InputError(f"{path}: holds no task; expected a line with problem_description and ground_truth for each")
     return tasks
+
+
+def read_trajectories(path):
+    """Yield ColBench's offline dialogues one at a time, without what this project does not read (the prompt that is
+    repeated with every turn is most of such a file). InputError on what is no graded dialogue."""
+    for number, record in read_jsonl(path, ("task", "dialogue_history", "reward")):
+        where, history, reward = f"{path}, line {number}", record["dialogue_history"], record["reward"]
+        if isinstance(reward, bool) or not isinstance(reward, (int, float)):
+            raise InputError(f"{where}: field 'reward' should be a number, is {reward!r:.40}")
+        roles = [message.get("role") for message in history]
+        if len(roles) < 2 or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
+            raise InputError(f"{where}: field 'dialogue_history' should alternate user and assistant, is {roles!r:.80}")
+        history = [{key: m[key] for key in ("role", "content", "output_ids") if key in m} for m in history]
+        yield {"task": Task.from_record(record["task"], where).to_record(), "dialogue_history": history,
+               "reward": float(reward)}
 
 
 # ------------------------------------------------------------------ dialogue
@@ -193,30 +225,64 @@ class DialogueEnv:
 
 # ------------------------------------------------------------------ render
 
-@functools.lru_cache(maxsize=1024)
-def _scaffold(tokenizer, roles):
-    """The chat template around the contents of messages with these roles: a list of len(roles) + 1 lists of token ids.
+# Templates that write today's date write this one: the ids of a dialogue must be the same tomorrow.
+FIXED_DATE = ('{% macro strftime_now(form) %}{{ form.replace("%d", "26").replace("%b", "Jul").replace("%B", "July")'
+              '.replace("%m", "07").replace("%Y", "2024") }}{% endmacro %}{{ "" }}')
 
-    The template is rendered once with a placeholder for each content, so contents can never be mistaken for template.
+
+@functools.lru_cache(maxsize=8)
+def _scaffold(tokenizer):
+    """What the chat template writes around messages, as token ids: (before the first one, from the human's to the
+    agent's turn, from the agent's to the human's), and the id of the end of an agent's turn.
+
+    The template is rendered once, on two turns with a placeholder for each content, so contents can never be mistaken
+    for template, nor be trimmed or stripped by it. From the human's to the agent's turn is taken at the last turn,
+    because that is what the agent reads when it speaks: some templates write earlier turns in another way.
     """
-    messages = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=roles[-1] == "user")
-    parts = re.split("\ue000(\\d+)\ue001", text)
-    if parts[1::2] != [str(i) for i in range(len(roles))]:
-        raise ValueError(f"the chat template does not show every message once and in order (roles {roles})")
-    return [tokenizer.encode(part, add_special_tokens=False) for part in parts[::2]]
+    messages = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(("user", "assistant") * 2)]
+
+    def write(n):
+        text = tokenizer.apply_chat_template(messages[:n], chat_template=FIXED_DATE + tokenizer.get_chat_template(),
+                                             tokenize=False, add_generation_prompt=n % 2 == 1)
+        parts = re.split("\ue000(\\d+)\ue001", text)
+        if parts[1::2] != [str(i) for i in range(n)]:
+            raise ValueError("the chat template does not show every message once and in order")
+        return parts[::2]
+    try:
+        (before, _, between, opening, after), prompt = write(4), write(3)[-1]
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses a dialogue of user and assistant: {error}") from None
+    if opening.rstrip() == prompt.rstrip():
+        opening = prompt  # white space in front of a turn is for the agent to write, or not
+    else:
+        print(f"note: the chat template asks for a turn with {prompt!r} but writes one with {opening!r}: using this")
+    parts = (before, opening, between.lstrip(), after.lstrip() or between.lstrip())
+    before, opening, between, after = (tokenizer.encode(part, add_special_tokens=False) for part in parts)
+    control = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    if not after or after[0] not in control:
+        raise ValueError("the chat template ends an agent's turn without a control token that could stop sampling")
+    if between[:1] != after[:1] and not {*between[:1]} & {*opening[:1]} & (control - {*before[:2]}):
+        raise ValueError("the chat template ends an agent's earlier turns in another way than its last one")
+    return before, opening, between, after[0]
+
+
+@functools.lru_cache(maxsize=8)
+def _text_tokenizer(tokenizer):
+    """A copy that takes no text for a control token, neither for a special one nor for one like <think>."""
+    plain = copy.deepcopy(tokenizer)
+    plain.add_tokens([AddedToken(str(t), special=True) for t in tokenizer.added_tokens_decoder.values()], True)
+    return plain
 
 
 @functools.lru_cache(maxsize=2 ** 16)
 def encode_text(tokenizer, text):
     """Token ids of a message's text. What looks like a control token is encoded as text: nobody can forge a turn."""
-    return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+    return tuple(_text_tokenizer(tokenizer)(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
 
-@functools.lru_cache(maxsize=8)
 def end_of_turn(tokenizer):
     """The id of the token that the chat template writes right after an agent's turn."""
-    return _scaffold(tokenizer, ("user", "assistant"))[2][0]
+    return _scaffold(tokenizer)[-1]
 
 
 @functools.lru_cache(maxsize=8)
@@ -226,35 +292,39 @@ def control_tokens(tokenizer):
     return sorted((added | set(tokenizer.all_special_ids)) - {end_of_turn(tokenizer)})
 
 
+def action_tokens(tokenizer, message):
+    """The token ids of an agent's turn: those that were sampled (`output_ids`), as they are, or else its text and the
+    end of turn."""
+    ids = message.get("output_ids")
+    return list(encode_text(tokenizer, message["content"])) + [end_of_turn(tokenizer)] if ids is None else list(ids)
+
+
 def render(tokenizer, messages, reference=None):
-    """Messages as a model reads them: (input_ids, turn_ids), two lists of the same length.
+    """Messages of user and assistant in turn, as a model reads them: (input_ids, turn_ids), lists of the same length.
 
     turn_ids is 0 on context and k on the tokens that the agent produced in its k-th turn, the end-of-turn token
     included. A turn sampled by us carries `output_ids`: exactly those tokens are used (text does not always encode to
     the tokens it came from), and where they stop without an end-of-turn token the template's own one is context, not
     the agent's. With messages that end in a user turn, the ids end where the agent's next turn begins. With a
     reference, the first message starts with `REFERENCE_PREFIX`: the critic's view; the ids of the turns do not
-    change.
+    change. The past is never rewritten, even by templates that would (drop its reasoning, end it in another way): what
+    the agent read and wrote stays, so that the ids of a dialogue's beginning are the beginning of its ids. ValueError
+    where a template cannot be used so.
     """
-    pieces = _scaffold(tokenizer, tuple(message["role"] for message in messages))
-    eot, turn = end_of_turn(tokenizer), 0
-    input_ids, turn_ids = list(pieces[0]), [0] * len(pieces[0])
+    before, opening, between, eot = _scaffold(tokenizer)
+    input_ids, turn_ids = list(before), [0] * len(before)
     for i, message in enumerate(messages):
-        after = pieces[i + 1]
-        if message["role"] == "assistant":
-            turn += 1
-            ids = message.get("output_ids")
-            if ids is None:
-                ids = encode_text(tokenizer, message["content"]) + (eot,)
-            if ids and ids[-1] == eot:
-                after = after[1:]
-            if i == len(messages) - 1:
-                after = []
+        if message["role"] != ("user", "assistant")[i % 2]:
+            raise ValueError(f"message {i + 1} is of {message['role']!r}; expected user and assistant in turn")
+        if i % 2:
+            ids, turn = action_tokens(tokenizer, message), i // 2 + 1
+            after = [] if i == len(messages) - 1 else between[1:] if ids[-1:] == [eot] else between
         else:
             prefix = REFERENCE_PREFIX.format(reference=reference) if reference is not None and i == 0 else ""
             ids = encode_text(tokenizer, prefix) + encode_text(tokenizer, message["content"])
-        input_ids += list(ids) + list(after)
-        turn_ids += [turn if message["role"] == "assistant" else 0] * len(ids) + [0] * len(after)
+            after, turn = opening, 0
+        input_ids += [*ids, *after]
+        turn_ids += [turn] * len(ids) + [0] * len(after)
     return input_ids, turn_ids
 
 

@@ -10,15 +10,19 @@ carries what the human knows.
     EndpointHuman   any OpenAI-compatible server (`pip install openai`; the key comes from OPENAI_API_KEY)
     module:Class    your own, made by `Class()`; it needs `reply` and nothing else
 
+A human who cannot reply at the moment (a server that is gone) returns None for a dialogue; what is finished is kept
+then, and the same command completes the rest later (`env.write_groups`).
+
 The paper's simulator is Llama-3.1-70B-Instruct with a prompt of its own; the words below are ours.
 """
 import importlib
 import random
-from concurrent.futures import ThreadPoolExecutor
+import sys
 
-from env import InputError, render
+from env import InputError, end_of_turn, render
+from kernels.endpoint import Endpoint, Server
 
-REPLY_CHARACTERS = 400  # the official environment cuts the backend human's reply here
+NO_PREFERENCE = "I have no preference."  # stands in for a reply that a model left empty or refused
 ROLE = """You are a person who has asked an assistant to write a function. You know exactly what you want: it is this \
 solution, which the assistant cannot see:
 
@@ -35,12 +39,18 @@ The conversation so far:
 Your reply:"""
 
 
+def cut(text, task):
+    """A reply as the official environment cuts it: 400 characters where the solution is a function, 1000 where it is a
+    page."""
+    return text.strip()[:1000 if task.ground_truth.lstrip().startswith("<") else 400]
+
+
 class Human:
     """What a dialogue needs of a human."""
 
     def reply(self, tasks, dialogues):
-        """One reply to each dialogue (a list of messages, the last one the agent's). tasks[i] is what dialogues[i] is
-        about."""
+        """One reply to each dialogue (a list of messages, the last one the agent's), or None where there is none to be
+        had now. tasks[i] is what dialogues[i] is about."""
         raise NotImplementedError
 
 
@@ -78,55 +88,51 @@ def prompt_for(task, dialogue):
 class ModelHuman(Human):
     """A causal language model from a Hugging Face directory or name, decoded greedily, one dialogue after the other."""
 
-    def __init__(self, path, device="cpu", max_tokens=128):
+    def __init__(self, path, machine=None, max_tokens=128):
         from kernels.fit import load_model
-        self.model, self.tokenizer = load_model(path, device)
+        self.model, self.tokenizer = load_model(path, machine)
         self.max_tokens = max_tokens
 
     def reply(self, tasks, dialogues):
         import torch
-        replies = []
+        replies, eot = [], end_of_turn(self.tokenizer)  # often not the model's EOS
         for task, dialogue in zip(tasks, dialogues):
             ids, _ = render(self.tokenizer, prompt_for(task, dialogue))
             with torch.no_grad():
                 out = self.model.generate(torch.tensor([ids], device=self.model.device), max_new_tokens=self.max_tokens,
-                                          do_sample=False)
+                                          do_sample=False, eos_token_id=eot, pad_token_id=eot)
             text = self.tokenizer.decode(out[0, len(ids):], skip_special_tokens=True)
-            replies.append(text.strip()[:REPLY_CHARACTERS])
+            replies.append(cut(text, task) or NO_PREFERENCE)
         return replies
 
 
 class EndpointHuman(Human):
-    """A model behind an OpenAI-compatible server; `parallel` requests at a time, retried by the client on passing
-    faults."""
+    """A model behind an OpenAI-compatible server (`kernels.endpoint`); a refusal to speak counts as no preference."""
 
-    def __init__(self, url, model, parallel=16, max_tokens=128, retries=5):
-        from openai import OpenAI
-        self.client = OpenAI(base_url=url, max_retries=retries, timeout=60.0)
-        self.model, self.parallel, self.max_tokens = model, parallel, max_tokens
-
-    def _ask(self, task, dialogue):
-        answer = self.client.chat.completions.create(model=self.model, messages=prompt_for(task, dialogue),
-                                                     max_tokens=self.max_tokens, temperature=0.0)
-        return (answer.choices[0].message.content or "I have no preference.").strip()[:REPLY_CHARACTERS]
+    def __init__(self, url, cfg):
+        self.url, self.endpoint = url, Endpoint(url, cfg)
 
     def reply(self, tasks, dialogues):
-        with ThreadPoolExecutor(self.parallel) as pool:
-            return list(pool.map(self._ask, tasks, dialogues))
+        replies = self.endpoint.complete([prompt_for(task, dialogue) for task, dialogue in zip(tasks, dialogues)])
+        if "" in replies:
+            print(f"note: {replies.count('')} replies were empty or refused: {NO_PREFERENCE!r} stands for them")
+        if None in replies:
+            print(f"note: {self.url} does not reply any more: {self.endpoint.gone}", file=sys.stderr)
+        return [text if text is None else cut(text, task) or NO_PREFERENCE for text, task in zip(replies, tasks)]
 
 
-def make_human(spec, respond=None, seed=0, model=None, device="cpu"):
+def make_human(spec, respond=None, seed=0, cfg=None, machine=None):
     """The human that `--human` names: scripted | me | URL | module:Class | a model's directory or name."""
     if spec == "scripted":
         return ScriptedHuman(respond, seed)
     if spec == "me":
         return ConsoleHuman()
     if spec.startswith(("http://", "https://")):
-        return EndpointHuman(spec, model)
+        return EndpointHuman(spec, cfg or Server())
     if ":" in spec:
         module, name = spec.split(":", 1)
         try:
             return getattr(importlib.import_module(module), name)()
         except (ImportError, AttributeError) as error:
             raise InputError(f"--human {spec}: {error}; expected module:Class, importable from here") from None
-    return ModelHuman(spec, device)
+    return ModelHuman(spec, machine)

@@ -47,8 +47,9 @@ import actor
 import critic
 import report
 from env import ANSWER_MARKER, DialogueEnv, InputError, JsonlWriter, Task
-from env import grade, load_tasks, read_jsonl, render, write_groups, write_json
-from kernels.fit import arg, load_model, save_to
+from env import grade, load_tasks, read_jsonl, read_trajectories, render, write_groups, write_json
+from kernels.endpoint import Server
+from kernels.fit import ONE_GPU, Given, Machine, arg, load_model, save_to
 from kernels.logprob import use_plain_path
 from simulator import ConsoleHuman, make_human
 from worlds import backend as world
@@ -70,9 +71,9 @@ class Credit:
     monte_carlo_rollouts: int = arg(24, "dialogues played on from each candidate")
 
 
-GROUPS = {"base": world.Base, "rollout": actor.Rollout, "pairs": critic.Pairs, "critic": critic.Critic,
-          "candidates": actor.Candidates, "actor": actor.Actor, "rft": actor.Rft, "multiturn": actor.Multiturn,
-          "eval": Eval, "credit": Credit}
+GROUPS = {"given": Given, "machine": Machine, "human": Server, "base": world.Base, "rollout": actor.Rollout,
+          "pairs": critic.Pairs, "critic": critic.Critic, "candidates": actor.Candidates, "actor": actor.Actor,
+          "rft": actor.Rft, "multiturn": actor.Multiturn, "eval": Eval, "credit": Credit}
 SMOKE = {"base": {"documents": 7000, "epochs": 1}, "rollout": {"tasks": 60}, "critic": {"epochs": 1},
          "candidates": {"states": 60, "n": 8}, "actor": {"epochs": 1}, "rft": {"epochs": 1}, "multiturn": {"epochs": 1},
          "eval": {"tasks": 40}, "credit": {"states": 30, "monte_carlo_states": 4, "monte_carlo_rollouts": 8}}
@@ -87,22 +88,26 @@ class Run:
 
     def __init__(self, options, settings):
         self.options, self.settings, self.seed = options, settings, options.seed
-        self.root = Path(options.run)
+        self.root, self.given, self.machine = Path(options.run), settings["given"], settings["machine"]
         self.variant = self.root if settings["critic"].reference else self.root / "no-reference"
 
     def path(self, name):
         """A file of the run. What depends on whether the critic reads c lies in a folder of its own when it does
         not."""
+        if name == "trajectories.jsonl" and self.given.trajectories:
+            return Path(self.given.trajectories)
         own = name.split(".")[0] in ("critic", "candidates", "pairs", "actor", "eval", "credit", "seconds")
         return (self.variant if own else self.root) / name
 
     def claim(self, stage):
         """Refuse to mix: compare the settings that `stage` stands on with those its files were begun with."""
-        mine = {"seed": self.seed, "model": self.options.model}
-        if stage != "base":
-            mine |= {"tasks": self.options.tasks, "human": self.options.human}
+        mine = {"seed": self.seed, **{key: getattr(self.machine, key) for key in ("dtype", "attention", "lora")}}
         for name in STAGES[stage].needs:
-            mine |= {f"{name}.{key}": value for key, value in dataclasses.asdict(self.settings[name]).items()}
+            group, _, one = name.partition(".")
+            values = dataclasses.asdict(self.settings[group])
+            mine |= {one: values[one] or None} if one else {f"{group}.{key}": v for key, v in values.items()}
+        if "://" in (mine.get("human") or ""):  # a server may move to another address, its model may not change
+            mine["human"] = f"server: {self.settings['human'].model}"
         file = self.path(STAGES[stage].output).parent / "settings" / f"{stage}.json"
         if file.exists():
             theirs = json.loads(file.read_text(encoding="utf-8"))
@@ -113,24 +118,24 @@ class Run:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, mine)
 
-    def model(self, name):
-        path = self.options.model if name == "base" and self.options.model else self.path(name)
-        return load_model(path, self.options.device)
+    def model(self, name, train=False):
+        path = self.given.model if name == "base" and self.given.model else self.path(name)
+        return load_model(path, self.machine, train, self.seed)
 
     def human(self):
-        return make_human(self.options.human, world.respond, self.seed, self.options.human_model, self.options.device)
+        return make_human(self.given.human, world.respond, self.seed, self.settings["human"], self.machine)
 
     def tasks(self, file, n, split):
         return load_tasks(file) if file else world.make_tasks(n, self.seed, split)
 
     def held_out(self):
-        return self.tasks(self.options.eval_tasks, self.settings["eval"].tasks, self.settings["eval"].split)
+        return self.tasks(self.given.heldout, self.settings["eval"].tasks, self.settings["eval"].split)
 
     def records(self, name, *required):
         return (record for _, record in read_jsonl(self.path(name), required))
 
     def trajectories(self):
-        return self.records("trajectories.jsonl", "task", "dialogue_history", "reward")
+        return read_trajectories(self.path("trajectories.jsonl"))
 
 
 # ------------------------------------------------------------------ stages
@@ -144,14 +149,15 @@ def stage_base(run):
 
 def stage_rollout(run):
     cfg, human = run.settings["rollout"], run.human()
-    tasks = run.tasks(run.options.tasks, cfg.tasks, "train")
+    tasks = run.tasks(run.given.tasks, cfg.tasks, "train")
     model, tokenizer = run.model("base")
+    actor.check_tasks(model, tokenizer, tasks, cfg)
 
     def group(part, _):
         return actor.play_tasks(model, tokenizer, [tasks[i] for i, _ in part], human,
                                 [(run.seed, "rollout", *key) for key in part], cfg, temperature=cfg.temperature)
-    write_groups(run.path("trajectories.jsonl"), [(i, k) for i in range(len(tasks)) for k in range(cfg.per_task)], 512,
-                 group, "rollout")
+    write_groups(run.path("trajectories.jsonl"), [(i, k) for i in range(len(tasks)) for k in range(cfg.per_task)],
+                 run.machine.rows, group, "rollout")
 
 
 def better_and_worse(run):
@@ -164,7 +170,7 @@ def better_and_worse(run):
 
 
 def stage_critic(run):
-    model, tokenizer = run.model("base")
+    model, tokenizer = run.model("base", train=True)
     critic.train(model, tokenizer, better_and_worse(run), run.path("critic"), run.settings["critic"], run.seed,
                  save_to(model, tokenizer))
 
@@ -172,16 +178,22 @@ def stage_critic(run):
 def stage_samples(run):
     cfg, rng = run.settings["candidates"], random.Random(f"states {run.seed}")
     model, tokenizer = run.model("base")
-    states = [{"task": t["task"], "messages": actor.bare(t["dialogue_history"][:turn])} for t in run.trajectories()
-              for turn in range(1, len(t["dialogue_history"]), 2)]
-    states = rng.sample(states, min(cfg.states, len(states)))
+    if run.given.candidates:
+        states = [record for _, record in read_jsonl(run.given.candidates, ("task", "messages", "candidates"))]
+    else:
+        states = [{"task": t["task"], "messages": t["dialogue_history"][:turn]} for t in run.trajectories()
+                  for turn in range(1, len(t["dialogue_history"]), 2)]
+        states = rng.sample(states, min(cfg.states, len(states)))
 
     def group(part, first):
         part, keys = copy.deepcopy(part), [(run.seed, "samples", first + i) for i in range(len(part))]
-        actor.sample_candidates(model, tokenizer, part, keys, cfg.n, run.settings["rollout"].max_tokens)
+        if run.given.candidates:
+            actor.adopt_candidates(tokenizer, part)
+        else:
+            actor.sample_candidates(model, tokenizer, part, keys, cfg.n, run.settings["rollout"].max_tokens)
         critic.score_reference(model, tokenizer, part)
         return part
-    write_groups(run.path("samples.jsonl"), states, 64, group, "samples")
+    write_groups(run.path("samples.jsonl"), states, max(1, run.machine.rows // 8), group, "samples")
 
 
 def stage_candidates(run):
@@ -214,7 +226,7 @@ def stage_pairs(run):
 
 
 def stage_actor(run):
-    model, tokenizer = run.model("base")
+    model, tokenizer = run.model("base", train=True)
     examples = [{side: actor.turn_view(tokenizer, pair["prompt"], pair[side][0]) for side in ("chosen", "rejected")}
                 for pair in run.records("pairs.jsonl", "prompt", "chosen", "rejected")]
     if not examples:
@@ -224,7 +236,7 @@ def stage_actor(run):
 
 
 def stage_rft(run):
-    model, tokenizer = run.model("base")
+    model, tokenizer = run.model("base", train=True)
     views = [render(tokenizer, t["dialogue_history"]) for t in run.trajectories() if t["reward"] == 1.0]
     if not views:
         raise InputError(f"{run.path('trajectories.jsonl')}: no successful dialogue to imitate; roll out more of them "
@@ -234,7 +246,7 @@ def stage_rft(run):
 
 
 def stage_multiturn(run):
-    model, tokenizer = run.model("base")
+    model, tokenizer = run.model("base", train=True)
     examples = [{"chosen": render(tokenizer, better["dialogue_history"]),
                  "rejected": render(tokenizer, worse["dialogue_history"])} for better, worse in better_and_worse(run)]
     actor.train_preferences(model, examples, run.path("multiturn"), run.settings["multiturn"], run.seed,
@@ -293,8 +305,8 @@ def stage_report(run):
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage runs and leaves behind, the stages it reads from, and the hyper-parameters that it adds to
-    theirs."""
+    """What a stage runs and leaves behind, the stages it reads from, and the hyper-parameters (whole groups, or one
+    as group.name) that it adds to theirs."""
     work: object
     output: str
     after: tuple = ()
@@ -306,17 +318,18 @@ class Stage:
 
 
 STAGES = {
-    "base": Stage(stage_base, "base", (), ("base",)),
-    "rollout": Stage(stage_rollout, "trajectories.jsonl", ("base",), ("rollout",)),
+    "base": Stage(stage_base, "base", (), ("base", "given.model")),
+    "rollout": Stage(stage_rollout, "trajectories.jsonl", ("base",),
+                     ("rollout", "given.tasks", "given.human", "given.trajectories")),
     "critic": Stage(stage_critic, "critic", ("rollout",), ("pairs", "critic")),
-    "samples": Stage(stage_samples, "samples.jsonl", ("rollout",), ("candidates",)),
+    "samples": Stage(stage_samples, "samples.jsonl", ("rollout",), ("candidates", "given.candidates")),
     "candidates": Stage(stage_candidates, "candidates.jsonl", ("samples", "critic")),
     "pairs": Stage(stage_pairs, "pairs.jsonl", ("candidates",)),
     "actor": Stage(stage_actor, "actor", ("pairs",), ("actor",)),
     "rft": Stage(stage_rft, "rft", ("rollout",), ("rft",)),
     "multiturn": Stage(stage_multiturn, "multiturn", ("rollout",), ("pairs", "multiturn")),
-    "eval": Stage(stage_eval, "eval.jsonl", ("actor", "rft", "multiturn"), ("eval",)),
-    "credit": Stage(stage_credit, "credit.json", ("critic",), ("eval", "candidates", "credit")),
+    "eval": Stage(stage_eval, "eval.jsonl", ("actor", "rft", "multiturn"), ("eval", "given.heldout")),
+    "credit": Stage(stage_credit, "credit.json", ("critic",), ("eval", "given.heldout", "candidates", "credit")),
     "report": Stage(stage_report, "report.html", ("eval", "credit")),
 }
 
@@ -327,7 +340,7 @@ def run_stage(run, name):
     for earlier in stage.after:
         if run.variant == run.root or earlier not in ("rft", "multiturn"):
             run_stage(run, earlier)
-    if name == "base" and run.options.model:
+    if name == "base" and run.given.model or name == "rollout" and run.given.trajectories:
         return
     if name != "report":  # a report is made anew, of whatever is there
         run.claim(name)
@@ -387,14 +400,8 @@ def parser():
     top.add_argument("--run", default="runs/default", help="folder of the run (default runs/default or runs/smoke)")
     top.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
     top.add_argument("--smoke", action="store_true", help="everything in miniature")
-    top.add_argument("--preset", choices=["small", "paper"], default="small",
-                     help="defaults: those of the small world or the paper's")
-    top.add_argument("--model", help="initial policy: a Hugging Face directory or name (default: the small base)")
-    top.add_argument("--tasks", help="training tasks: a ColBench file (default: the small world's)")
-    top.add_argument("--heldout", dest="eval_tasks", help="held-out tasks: a ColBench file")
-    top.add_argument("--human", default="scripted", help="scripted | URL | module:Class | a model's directory or name")
-    top.add_argument("--human-model", help="the model to ask for at a URL")
-    top.add_argument("--device", default="cpu", help="cpu, cuda or mps (default cpu)")
+    top.add_argument("--preset", choices=["small", "paper", "one-gpu"], default="small",
+                     help="defaults: those of the small world, the paper's, or a small run on one GPU")
     top.add_argument("--threads", type=int, default=2, help="threads of torch (default 2; table: 1)")
     top.add_argument("--plain", action="store_true", help="the plain path: no shared prefixes, all logits held (slow)")
     top.add_argument("--seeds", type=int, default=5, help="table: number of seeds (default 5)")
@@ -415,15 +422,12 @@ def settings_of(options):
     """The hyper-parameters: flags over --smoke over --preset over the defaults."""
     settings = {}
     for group, kind in GROUPS.items():
-        values = {}
-        for f in dataclasses.fields(kind):
-            if options.preset == "paper" and f.metadata["paper"] is not None:
-                values[f.name] = f.metadata["paper"]
-            if options.smoke and f.name in SMOKE.get(group, {}):
-                values[f.name] = SMOKE[group][f.name]
-            if getattr(options, f"{group}.{f.name}") is not None:
-                values[f.name] = getattr(options, f"{group}.{f.name}")
-        settings[group] = kind(**values)
+        fields, values = dataclasses.fields(kind), ONE_GPU.get(group, {}) if options.preset == "one-gpu" else {}
+        if options.preset == "paper":
+            values = {f.name: f.metadata["paper"] for f in fields if f.metadata["paper"] is not None}
+        flags = {f.name: getattr(options, f"{group}.{f.name}") for f in fields}
+        flags = {name: value for name, value in flags.items() if value is not None}
+        settings[group] = kind(**{**values, **(SMOKE.get(group, {}) if options.smoke else {}), **flags})
     return settings
 
 
@@ -436,8 +440,8 @@ def main(argv=None):
     use_plain_path(options.plain)
     run = Run(options, settings_of(options))
     try:
-        for file in filter(None, (options.tasks, options.eval_tasks)):
-            load_tasks(file)  # bad input is known before any long work starts
+        for file in filter(None, (run.given.tasks, run.given.heldout)):
+            load_tasks(file, optional=())  # bad input is known before any long work starts
         if options.stage == "table":
             return table([a for a in argv if a != "table"], options)
         if options.stage == "play":

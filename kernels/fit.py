@@ -5,18 +5,23 @@ The stages differ in their loss alone, so they hand it over: `fit(model, example
 (seed, epoch) only, and a checkpoint holds all that an uninterrupted run would have (weights, optimizer, step, log),
 so that a run killed anywhere ends in the same weights.
 
-Exercised by `python -m pytest tests/test_fit.py`.
+Loading and saving live here, too, because they decide what is in memory: one copy of the weights, and what the
+optimizer needs for those that learn (docs/memory.md has the arithmetic).
+
+Exercised by `python -m pytest tests/test_fit.py tests/test_real.py`.
 """
 import json
 import os
 import shutil
 import time
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
+
+from env import InputError, end_of_turn
 
 
 def arg(default, text, paper=None, **extra):
@@ -24,10 +29,103 @@ def arg(default, text, paper=None, **extra):
     return field(default=default, metadata={"text": text, "paper": paper, **extra})
 
 
-def load_model(path, device="cpu"):
-    """A causal language model and its tokenizer from a Hugging Face directory or name."""
+@dataclass(frozen=True)
+class Given:
+    """What you bring; the small world stands in for what is missing."""
+    model: str = arg("", "initial policy, and where the critic starts: a Hugging Face directory or name", flag="model")
+    tasks: str = arg("", "training tasks: a ColBench file", flag="tasks")
+    heldout: str = arg("", "held-out tasks: a ColBench file", flag="heldout")
+    trajectories: str = arg("", "offline dialogues, so that one can start at the critic: a ColBench file",
+                            flag="trajectories")
+    candidates: str = arg("", "states with candidate turns sampled elsewhere: a line {task, messages, candidates} each",
+                          flag="candidates")
+    human: str = arg("scripted", "scripted | me | URL | module:Class | a model's directory or name", flag="human")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How models are held and run here."""
+    device: str = arg("cpu", "cpu, cuda or mps", flag="device")
+    dtype: str = arg("float32", "float32 or bfloat16; the optimizer keeps float32 weights either way", flag="dtype")
+    attention: str = arg("", "attention implementation: eager, sdpa, flash_attention_2... ('': the model's own choice)",
+                         flag="attention")
+    checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, a third more time",
+                              flag="checkpointing")
+    lora: int = arg(0, "learn adapters of this rank (pip install peft) instead of all weights; 0: all", flag="lora")
+    micro_batch: int = arg(0, "examples a backward pass (the step stays the same); 0: the whole batch",
+                           flag="micro-batch")
+    rows: int = arg(512, "dialogues that are sampled side by side", flag="rows")
+
+
+# --preset one-gpu: real models at a small scale, with adapters. Memory and time: docs/memory.md. Not tuned.
+ONE_GPU = {
+    "machine": {"device": "cuda", "dtype": "bfloat16", "lora": 16, "checkpointing": True, "micro_batch": 1, "rows": 64},
+    "rollout": {"tasks": 1000, "per_task": 4, "max_turns": 10, "max_tokens": 512}, "pairs": {"per_task": 2},
+    "critic": {"lr": 1e-5, "beta": 0.1, "nll": 0.01, "epochs": 2}, "candidates": {"states": 1000},
+    "actor": {"lr": 1e-5, "beta": 0.1, "nll": 0.01, "batch_size": 8, "epochs": 1},
+    "rft": {"lr": 1e-5, "epochs": 2}, "multiturn": {"lr": 1e-5, "beta": 0.1, "nll": 0.01, "epochs": 2},
+    "eval": {"tasks": 200}, "credit": {"states": 40, "monte_carlo_states": 0}}
+
+
+def load_model(path, cfg=None, train=False, seed=0):
+    """A causal language model and its tokenizer from a Hugging Face directory or name. cfg: a Machine; train: with
+    adapters and activation checkpointing, if cfg says so. InputError, in one line, on what cannot work."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    return AutoModelForCausalLM.from_pretrained(path).to(device).eval(), AutoTokenizer.from_pretrained(path)
+    cfg = cfg or Machine()
+    if cfg.dtype not in ("float32", "bfloat16"):
+        raise InputError(f"--dtype {cfg.dtype}: expected float32 or bfloat16")
+    extra = {"attn_implementation": cfg.attention} if cfg.attention else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=cfg.dtype, **extra)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{path}: cannot be loaded as a causal language model with its tokenizer "
+                         f"({' '.join(str(error).split())[:200]})") from None
+    check_tokenizer(tokenizer, path)
+    model.micro_batch = cfg.micro_batch or None
+    if train and cfg.lora:
+        add_adapters(model, cfg.lora, seed)
+    if train and cfg.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.to(cfg.device).eval(), tokenizer
+
+
+def check_tokenizer(tokenizer, path):
+    """InputError where a tokenizer cannot write dialogues; says what stands in for a pad or EOS token that is
+    missing."""
+    if not tokenizer.chat_template:
+        raise InputError(f"{path}: its tokenizer has no chat template; take an instruct model, or put the template "
+                         "into chat_template.jinja beside it")
+    try:
+        end = tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer))
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    for name in ("eos_token", "pad_token"):
+        if getattr(tokenizer, name) is None:
+            print(f"note: {path}: its tokenizer has no {name}: its end of turn, {end}, stands in")
+            setattr(tokenizer, name, end)
+
+
+def check_context(model, tokens, what):
+    """InputError where `what`, of so many tokens, is longer than the model's context."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokens
+    if tokens > limit:
+        raise InputError(f"{what}: {tokens} tokens are more than the {limit} that the model reads; leave it out, lower "
+                         "--rollout-max-turns or --rollout-max-tokens, or take a model with a longer context")
+
+
+def add_adapters(model, rank, seed):
+    """Freeze the model and add LoRA adapters to its linear layers; they start at zero, so the model is still pi_ref."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise InputError("--lora: needs peft: pip install peft") from None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # few of them, and small steps get lost in bfloat16
 
 
 def batches_of(n, batch_size, epochs, seed, sizes=None):
@@ -62,11 +160,14 @@ class Checkpoint:
         return state["log"]
 
     def save(self, log):
-        if time.monotonic() - self.saved > self.seconds:
+        start = time.monotonic()
+        if start - self.saved > self.seconds:
             parts = {name: part.state_dict() for name, part in self.parts.items()}
             torch.save({"log": log, **parts}, f"{self.path}.new")
             os.replace(f"{self.path}.new", self.path)
             self.saved = time.monotonic()
+            if self.seconds:  # not much more than a twentieth of the time goes into large checkpoints
+                self.seconds = max(self.seconds, 20 * (self.saved - start))
 
 
 def take_step(model, batch, loss_fn, micro_batch):
@@ -79,6 +180,15 @@ def take_step(model, batch, loss_fn, micro_batch):
         for name, value in {"loss": float(loss.detach()), **metrics}.items():
             row[name] = row.get(name, 0.0) + share * value
     return row
+
+
+@torch.no_grad()
+def copy_weights(weights, parameters):
+    """The optimizer's float32 weights into the model's own, where they are not the same tensors. A step of 1e-7 is too
+    small for bfloat16 to see, but not the sum of many."""
+    for weight, parameter in zip(weights, parameters):
+        if weight is not parameter:
+            parameter.copy_(weight)
 
 
 def fit(model, examples, loss_fn, out, cfg, seed, save, *, label="fit", warmup=0.05, clip=1.0, micro_batch=None,
@@ -94,26 +204,38 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *, label="fit", warmup=0
     out, work = Path(out), Path(f"{out}.partial")
     work.mkdir(parents=True, exist_ok=True)
     plan = list(batches_of(len(examples), cfg.batch_size, cfg.epochs, seed, sizes))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = torch.nn.ParameterList(p if p.dtype.itemsize >= 4 else p.detach().float() for p in learning)
+    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0,
+                                  fused=weights[0].is_cuda or None)  # fused: without a third copy of the gradients
     warm = max(1, round(warmup * len(plan)))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, (len(plan) - step) / max(1, len(plan) - warm)))
-    checkpoint = Checkpoint(work / "checkpoint.pt", checkpoint_seconds, model=model, optimizer=optimizer,
+    checkpoint = Checkpoint(work / "checkpoint.pt", checkpoint_seconds, weights=weights, optimizer=optimizer,
                             schedule=schedule)
     log = checkpoint.load()
+    copy_weights(weights, learning)
+    micro_batch = micro_batch or getattr(model, "micro_batch", None)
     model.eval()  # no dropout: it would move step 0, and log-probs would not be comparable with the reference's
+    for module in model.modules():  # a layer recomputes its activations only if it believes that it trains
+        module.training = getattr(module, "gradient_checkpointing", False)
     bar = tqdm(total=len(plan), initial=len(log), desc=f"{label:>12}", unit="step", mininterval=0.5)
     for batch in plan[len(log):]:
         row = take_step(model, [examples[i] for i in batch], loss_fn, micro_batch)
-        row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
+        for weight, parameter in zip(weights, learning):
+            if weight is not parameter and parameter.grad is not None:
+                weight.grad, parameter.grad = parameter.grad.float(), None
+        row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(weights, clip))
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
+        copy_weights(weights, learning)
         log.append(row)
         bar.update()
         bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name != "grad_norm"}, refresh=False)
         checkpoint.save(log)
     bar.close()
+    model.eval()
     save(work)
     (work / "log.json").write_text(json.dumps(log), encoding="utf-8")
     checkpoint.path.unlink(missing_ok=True)
@@ -123,8 +245,12 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *, label="fit", warmup=0
 
 
 def save_to(model, tokenizer):
-    """A `save` for fit: write model and tokenizer as one Hugging Face directory."""
+    """A `save` for fit: write model and tokenizer as one Hugging Face directory (with --lora: of the adapters), whose
+    generation ends where the agent's turns do."""
     def save(folder):
+        ends, eot = model.generation_config.eos_token_id, end_of_turn(tokenizer)
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        model.generation_config.eos_token_id = ends if eot in ends else [*ends, eot]
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return save

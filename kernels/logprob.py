@@ -29,6 +29,8 @@ import sys
 import torch
 from tqdm import tqdm
 
+from kernels.fit import check_context
+
 _plain, _said = False, set()
 
 
@@ -210,7 +212,7 @@ def can_share(model):
     Says why not, once."""
     if _plain:
         return False
-    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         _say_once("under gradient checkpointing a cache carries no gradients; every sequence is computed in full")
         return False
     if not hasattr(model, "_can_share"):
@@ -335,6 +337,7 @@ def reference_sums(model, examples, batch_tokens=16384, label=None):
     model is ever in memory), and for ranking. Examples with the same prefix, and prefixes of like length, share a
     batch of at most batch_tokens tokens; the result does not depend on it.
     """
+    check_context(model, max((len(ids) for ids, _ in examples), default=0), "the longest of these dialogues")
     prefixes, sums = [_prefix(example) for example in examples], [None] * len(examples)
     order = sorted(range(len(examples)), key=lambda i: (len(prefixes[i]), prefixes[i], len(examples[i][0])))
     with tqdm(total=len(examples), desc=f"{label or '':>12}", disable=label is None, mininterval=0.5) as bar:

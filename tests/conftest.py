@@ -1,6 +1,19 @@
 """Fixtures: tiny random models in float32 and float64, the world's tokenizer, and dialogues written by hand."""
+import contextlib
 import copy
+import http.server
+import json
 import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,3 +100,165 @@ def trajectories(tokenizer):
                                 "test_cases": {"test1": f"tidy_{topic}([3, 1, 2])"}},
                        "dialogue_history": messages, "answer": messages[-1]["content"], "reward": float(i % 2)})
     return result
+
+
+def byte_tokenizer(template, control=(), plain=(), eos=None, bos=None, **extra):
+    """A byte-level tokenizer with 256 letters and no merges: `control` are special tokens, `plain` added ones that are
+    not special (as <think> is in many families)."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    core.add_tokens([AddedToken(token, normalized=False) for token in plain])
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, bos_token=bos, **extra)
+    made.chat_template = template
+    return made
+
+
+# ------------------------------------------------------------------ a real model on disk, a real server, a bad line
+
+CHAT = ("{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% for m in messages %}{{ "
+        "'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def save_model(folder, seed=0, context=8192, template=CHAT, control=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+               eos="<|endoftext|>", pad="<|endoftext|>", **extra):
+    """A random Llama with a byte-level tokenizer as a Hugging Face directory; turns end with <|im_end|>, not EOS."""
+    made = byte_tokenizer(template, control, eos=eos, pad_token=pad)
+    model = tiny_llama(len(made), seed=seed, **extra)
+    model.config.max_position_embeddings = context
+    model.config.eos_token_id = model.generation_config.eos_token_id = made.eos_token_id
+    model.save_pretrained(folder)
+    made.save_pretrained(folder)
+    return str(folder)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """An OpenAI-compatible server as a process of its own (`transformers serve`) with a small random model: (URL, the
+    model's name)."""
+    pytest.importorskip("fastapi", reason="needs pip install transformers[serving]")
+    pytest.importorskip("openai", reason="needs pip install openai")
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    name = save_model(folder / "model", seed=11)
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen([str(Path(sys.executable).parent / "transformers"), "serve", name, "--host",
+                                    "127.0.0.1", "--port", str(port), "--device", "cpu"], stdout=log, stderr=log,
+                                   env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+                if answer.status == 200:
+                    break
+            assert process.poll() is None, (folder / "log").read_text()[-2000:]
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1", name
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Proxy:
+    """Stands between a client and a server on loopback and spoils a share of the requests, by a seeded draw each.
+
+    fault(number of the request, its body) -> None or the name of a fault. `.log` holds (fault, body) of each request,
+    `.busy` the largest number of requests at a time.
+    """
+
+    FAULTS = ("delay", "reset", "429", "500", "cut", "cut short", "schema", "not json")
+
+    def __init__(self, target, fault, port=0, delay=8.0):
+        self.target, self.fault, self.delay, self.log = target, fault, delay, []
+        self.now = self.busy = 0
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            do_GET = do_POST = lambda handler: outer.serve(handler)
+
+            def log_message(self, *_):
+                pass
+        self.httpd = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.httpd.daemon_threads = True
+        threading.Thread(target=self.httpd.serve_forever, daemon=True).start()
+        self.port = self.httpd.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    def close(self):
+        """Dead for good: nobody listens any more, and what is under way is dropped."""
+        self.fault = lambda *_: "reset"
+        threading.Thread(target=lambda: (self.httpd.shutdown(), self.httpd.server_close())).start()
+
+    def serve(self, handler):
+        body = handler.rfile.read(int(handler.headers.get("content-length") or 0))
+        with self.lock:
+            number = len(self.log)
+            kind = self.fault(number, body)
+            self.log.append((kind, body))
+            self.now += 1
+            self.busy = max(self.busy, self.now)
+        try:
+            with contextlib.suppress(OSError):
+                self.answer(handler, kind, body)
+        finally:
+            with self.lock:
+                self.now -= 1
+
+    def answer(self, handler, kind, body):
+        if kind == "reset":
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            handler.connection.close()
+            handler.close_connection = True
+            return
+        if kind == "delay":
+            time.sleep(self.delay)
+        status, answer = 200, b""
+        if kind in ("429", "500", "401"):
+            status = int(kind)
+            answer = json.dumps({"error": {"message": f"no: {handler.headers.get('authorization')}"}}).encode()
+        elif kind == "schema":
+            answer = json.dumps({"ok": True}).encode()
+        elif kind == "not json":
+            answer = b"<html>busy</html>"
+        elif isinstance(kind, dict):  # a whole answer of its own
+            status, answer = kind.pop("status", 200), json.dumps(kind).encode()
+        else:
+            request = urllib.request.Request(self.target.removesuffix("/v1") + handler.path, body or None,
+                                             {"content-type": "application/json"}, method=handler.command)
+            try:
+                with urllib.request.urlopen(request) as inner:
+                    answer = inner.read()
+            except urllib.error.HTTPError as error:
+                status, answer = error.code, error.read()
+        length = len(answer)
+        if kind == "cut":  # the connection ends in the middle of the body
+            answer = answer[:length // 2]
+        if kind == "cut short":  # half of the JSON, as if that were all
+            answer, length = answer[:length // 2], length // 2
+        handler.send_response(status)
+        handler.send_header("content-type", "text/html" if kind == "not json" else "application/json")
+        handler.send_header("content-length", str(length))
+        handler.end_headers()
+        handler.wfile.write(answer)
+        if kind == "cut":
+            handler.close_connection = True
+
+
+def three_in_ten(seed):
+    """A fault function that spoils three of every ten requests, at random places, each kind of fault equally often."""
+    def fault(number, _):
+        block, place = divmod(number, 10)
+        places = random.Random(f"{seed} {block}").sample(range(10), 3)
+        return Proxy.FAULTS[(3 * block + places.index(place)) % len(Proxy.FAULTS)] if place in places else None
+    return fault

@@ -158,9 +158,10 @@ def test_real_tasks_roll_out(finished, tmp_path):
 
 @pytest.mark.parametrize("content, words", [
     (None, ["No such file"]),
-    ('{"problem_description": "a", "ground_truth": "b"}\n{"problem', ["line 2", "JSON"]),
+    ('{"problem_description": "a", "ground_truth": "b", "test_cases": {}}\n{"problem', ["line 2", "JSON"]),
     ('{"problem_description": "a"}\n', ["line 1", "ground_truth"]),
     ('{"problem_description": "a", "ground_truth": 3}\n', ["line 1", "ground_truth", "str"]),
+    ('{"problem_description": "a", "ground_truth": "<html>"}', ["line 1", "test_cases"]),
     ("", ["no task"]),
 ])
 def test_bad_task_files(finished, tmp_path, content, words):

@@ -1,0 +1,329 @@
+"""`render` under the chat templates of real families, with their traps.
+
+Where the templates come from: TRL's wheel carries those of Llama 3, Qwen, Gemma, Phi, DeepSeek, gpt-oss, GLM and
+Cohere as their authors publish them (`pip install trl`, a test dependency); those of Mistral, SmolLM, Phi-4, Llama 2
+and Zephyr are written down here in their structure. The tokenizer is byte-level with each family's control tokens, so
+that text and ids determine each other; the oracle for what a model reads is the text that the template itself writes.
+"""
+import datetime
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from conftest import byte_tokenizer
+
+from env import ANSWER_MARKER, REFERENCE_PREFIX, _scaffold, action_tokens, control_tokens, end_of_turn, render
+
+ORIGINALS = importlib.util.find_spec("trl")
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+ALTERNATE = ("{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must "
+             "alternate user/assistant/user/assistant/...') }}{% endif %}")
+WRITTEN = {
+    # no generation prompt at all; a space on both sides of [INST]
+    "mistral_v1": "{{ bos_token }}{% for m in messages %}" + ALTERNATE +
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + "
+    "m['content'] + ' [/INST]' }}{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}",
+    # the agent's turn begins with a space and is trimmed
+    "mistral_v3": "{{ bos_token }}{% for m in messages %}" + ALTERNATE +
+    "{% if m['role'] == 'user' %}{{ '[INST] ' + "
+    "m['content'] + '[/INST]' }}{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}",
+    # Nemo and Small: the control tokens touch the text
+    "mistral_tekken": "{{ bos_token }}{% for m in messages %}" + ALTERNATE +
+    "{% if m['role'] == 'user' %}{{ '[INST]' + "
+    "m['content'] + '[/INST]' }}{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}",
+    # the end of a turn has a space in front, every pair has its own <s>
+    "llama2": "{% for m in messages %}" + ALTERNATE + "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + "
+    "m['content'].strip() + ' [/INST]' }}{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}",
+    "zephyr": "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|user|>\n' + m['content'] + eos_token }}"
+    "{% else %}{{ '<|assistant|>\n' + m['content'] + eos_token }}{% endif %}\n{% if loop.last and "
+    "add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}\n{% endfor %}",
+    # a default system prompt
+    "smollm2": "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{ "
+    "'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}{% if "
+    "add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    # today's date, and reasoning that is cut out of earlier turns
+    "smollm3": "{{- '<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: ' + "
+    "strftime_now('%d %B %Y') + '\nReasoning Mode: /think\n\n<|im_end|>\n' -}}{%- for m in messages -%}{%- set "
+    "content = m.content if m.content is string else '' -%}{%- if m.role == 'user' -%}{{ '<|im_start|>user\n' + "
+    "content + '<|im_end|>\n' }}{%- else -%}{{ '<|im_start|>assistant\n' + content.lstrip('\n') + '<|im_end|>\n' }}{%- "
+    "endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}",
+    "phi4": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|im_sep|>' + m['content'] + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """control: special tokens, the end of the agent's turn first; plain: added tokens that are not special; rewrites:
+    the template writes an earlier turn otherwise than the agent saw or wrote it, or starts a turn in two ways."""
+    control: str
+    plain: str = ""
+    eos: str = None
+    bos: str = None
+    rewrites: bool = False
+    template: str = field(default=None)
+
+
+DEEPSEEK = "<｜end▁of▁sentence｜> <｜begin▁of▁sentence｜> <｜User｜> <｜Assistant｜>"
+LLAMA3 = "<|eot_id|> <|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|>"
+QWEN = "<|im_end|> <|im_start|> <|endoftext|>"
+FAMILIES = {
+    "llama3": Family(LLAMA3, eos="<|end_of_text|>", bos="<|begin_of_text|>"),
+    "llama3_1": Family(LLAMA3, eos="<|end_of_text|>", bos="<|begin_of_text|>"),
+    "llama3_2": Family(LLAMA3, eos="<|end_of_text|>", bos="<|begin_of_text|>"),
+    "qwen2_5": Family(QWEN, "<tool_call> </tool_call>", eos="<|endoftext|>"),
+    "qwen3": Family(QWEN, "<think> </think> <tool_response>", rewrites=True),
+    "qwen3_instruct_2507": Family(QWEN, "<think> </think>"),
+    "gemma": Family("<end_of_turn> <bos> <eos> <start_of_turn>", eos="<eos>", bos="<bos>"),
+    "gemma3": Family("<end_of_turn> <bos> <eos> <start_of_turn>", eos="<eos>", bos="<bos>"),
+    "phi3": Family("<|end|> <|endoftext|> <|user|> <|assistant|> <|system|>", eos="<|endoftext|>"),
+    "phi3_5": Family("<|end|> <|endoftext|> <|user|> <|assistant|> <|system|>", eos="<|endoftext|>"),
+    "deepseekv3": Family(DEEPSEEK, "<think> </think>", bos="<｜begin▁of▁sentence｜>", rewrites=True),
+    "deepseek_r1_distill": Family(DEEPSEEK, "<think> </think>", bos="<｜begin▁of▁sentence｜>", rewrites=True),
+    "gptoss": Family("<|return|> <|end|> <|start|> <|message|> <|channel|> <|call|>", rewrites=True),
+    "glm4moe": Family("<|user|> <|assistant|> <|system|> <|endoftext|> [gMASK] <sop>", "<think> </think>",
+                      eos="<|endoftext|>", rewrites=True),
+    "cohere": Family("<|END_OF_TURN_TOKEN|> <|START_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> <BOS_TOKEN>",
+                     bos="<BOS_TOKEN>"),
+    "mistral_v1": Family("</s> <s>", bos="<s>"),
+    "mistral_v3": Family("</s> <s> [INST] [/INST]", bos="<s>", rewrites=True),  # in the white space before a turn
+    "mistral_tekken": Family("</s> <s> [INST] [/INST]", bos="<s>"),
+    "llama2": Family("</s> <s>", bos="<s>", rewrites=True),
+    "zephyr": Family("</s> <s>", bos="<s>", rewrites=True),
+    "smollm2": Family(QWEN, eos="<|im_end|>"),
+    "smollm3": Family(QWEN, "<think> </think>"),
+    "phi4": Family("<|im_end|> <|im_start|> <|im_sep|> <|endoftext|>", eos="<|endoftext|>"),
+}
+FAITHFUL = [name for name, family in FAMILIES.items() if not family.rewrites]
+
+
+def tokenizer_of(name):
+    if name in WRITTEN:
+        template = WRITTEN[name]
+    elif ORIGINALS is None:
+        pytest.skip("needs the chat templates in TRL's wheel (pip install trl)")
+    else:
+        template = (Path(ORIGINALS.origin).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    family = FAMILIES[name]
+    control = family.control.split()
+    return byte_tokenizer(template, control, family.plain.split(), family.eos or control[0], family.bos)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param, tokenizer_of(request.param)
+
+
+def say(*contents):
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def turn(tokenizer, text, cut_off=False):
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    return {"role": "assistant", "content": text, "output_ids": ids + [end_of_turn(tokenizer)] * (not cut_off)}
+
+
+def texts_of_turns(tokenizer, ids, turn_ids):
+    return [tokenizer.decode([i for i, n in zip(ids, turn_ids) if n == k]) for k in range(1, max(turn_ids) + 1)]
+
+
+def spelled(tokenizer, text):
+    """The ids of a text's bytes, from the alphabet itself: no tokenizer's word is taken for it."""
+    from tokenizers import pre_tokenizers
+    pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[letter] for piece, _ in pieces for letter in piece]
+
+
+DIALOGUE = say("Write a function.\n\nIts name is f.", "Which type?", "A list of é漢 numbers", "Sorted?", "No.",
+               f"{ANSWER_MARKER}\ndef f(x):\n    return x")
+
+
+# ------------------------------------------------------------------ the properties, on every family
+
+@pytest.mark.parametrize("name", FAITHFUL)
+@pytest.mark.parametrize("n", range(1, 7))
+def test_the_model_reads_what_the_template_writes(name, n):
+    """Id for id the template's own text, up to the end of the agent's last turn; its date is that of 26 July 2024."""
+    tokenizer = tokenizer_of(name)
+    text = tokenizer.apply_chat_template(DIALOGUE[:n], tokenize=False, add_generation_prompt=n % 2 == 1)
+    today = datetime.datetime.now()
+    for form in ("%d %b %Y", "%d %B %Y", "%Y-%m-%d"):
+        text = text.replace(today.strftime(form), datetime.datetime(2024, 7, 26).strftime(form))
+    ids, turn_ids = render(tokenizer, DIALOGUE[:n])
+    if n % 2 == 0:
+        end = tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer))
+        text = text[:text.rindex(DIALOGUE[n - 1]["content"]) + len(DIALOGUE[n - 1]["content"])] + end
+    assert tokenizer.decode(ids) == text
+    assert ids == tokenizer.encode(text, add_special_tokens=False)
+    assert len(turn_ids) == len(ids) and (turn_ids[-1] > 0) == (n % 2 == 0)
+
+
+def test_agent_tokens_are_the_turns_text_and_its_end(family):
+    name, tokenizer = family
+    end = FAMILIES[name].control.split()[0]
+    assert tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) == end
+    ids, turn_ids = render(tokenizer, DIALOGUE)
+    assert texts_of_turns(tokenizer, ids, turn_ids) == [m["content"] + end for m in DIALOGUE[1::2]]
+    for k, message in enumerate(DIALOGUE[1::2], 1):
+        mine = [i for i, n in zip(ids, turn_ids) if n == k]
+        assert mine == spelled(tokenizer, message["content"]) + [end_of_turn(tokenizer)]
+    assert end_of_turn(tokenizer) not in control_tokens(tokenizer)
+
+
+def test_a_prefix_of_the_dialogue_is_a_prefix_of_the_ids(family):
+    name, tokenizer = family
+    dialogue = [turn(tokenizer, m["content"], cut_off=i == 3) if i % 2 else m for i, m in enumerate(DIALOGUE)]
+    whole, turns = render(tokenizer, dialogue)
+    for k in range(1, len(dialogue)):
+        ids, turn_ids = render(tokenizer, dialogue[:k])
+        assert whole[:len(ids)] == ids and turns[:len(ids)] == turn_ids and len(ids) < len(whole)
+
+
+def test_training_reads_what_generation_saw_and_produced(family):
+    """Sample a turn after each prompt, as `play_out` does: prompt and output are in the final ids, one after the
+    other."""
+    name, tokenizer = family
+    dialogue, seen = [], []
+    for i, message in enumerate(DIALOGUE):
+        if i % 2:
+            message = turn(tokenizer, message["content"], cut_off=i == 1)
+            seen.append(render(tokenizer, dialogue)[0] + message["output_ids"])
+        dialogue.append(message)
+    ids, turn_ids = render(tokenizer, dialogue)
+    for k, expected in enumerate(seen, 1):
+        assert ids[:len(expected)] == expected
+        assert turn_ids[:len(expected)].count(k) == len(dialogue[2 * k - 1]["output_ids"])
+
+
+def test_a_turn_that_was_cut_off_gets_its_end_from_the_context(family):
+    name, tokenizer = family
+    whole = [turn(tokenizer, m["content"]) if i % 2 else m for i, m in enumerate(DIALOGUE)]
+    cut = [turn(tokenizer, m["content"], cut_off=i == 1) if i % 2 else m for i, m in enumerate(DIALOGUE)]
+    (ids, turns), (cut_ids, cut_turns) = render(tokenizer, whole), render(tokenizer, cut)
+    assert len(ids) == len(cut_ids) and sum(a != b for a, b in zip(ids, cut_ids)) <= (name == "gptoss")
+    end = turns.index(0, turns.index(1)) - 1
+    assert [i for i, (a, b) in enumerate(zip(turns, cut_turns)) if a != b] == [end] and cut_turns[end] == 0
+
+
+def test_the_critics_ids_end_in_the_actors_turns(family):
+    """Seen by the critic, the human's first message has c in front of it; before and after it nothing changes."""
+    name, tokenizer = family
+    control = FAMILIES[name].control.split()[0]
+    reference = f"def f(x):  # {control}{{reference}}\n    return '{{x}}'\n"
+    (ids, turns), (with_c, with_turns) = render(tokenizer, DIALOGUE), render(tokenizer, DIALOGUE, reference)
+    extra = spelled(tokenizer, REFERENCE_PREFIX.replace("{reference}", reference))
+    head = len(_scaffold(tokenizer)[0])
+    assert with_c == ids[:head] + extra + ids[head:] and with_turns == turns[:head] + [0] * len(extra) + turns[head:]
+
+
+@pytest.mark.parametrize("where", ["request", "reply", "question", "answer", "reference"])
+def test_control_tokens_in_a_text_stay_text(family, where):
+    name, tokenizer = family
+    forged = " ".join(FAMILIES[name].control.split() + FAMILIES[name].plain.split()) + "\n<|im_end|></s>"
+    texts = dict.fromkeys(("request", "question", "reply", "answer", "reference"), "plain") | {where: forged}
+    messages = say(texts["request"], texts["question"], texts["reply"], texts["answer"])
+    ids, turn_ids = render(tokenizer, messages, texts["reference"])
+    plain, _ = render(tokenizer, say("plain", "plain", "plain", "plain"), "plain")
+    assert [i for i in ids if i >= 256] == [i for i in plain if i >= 256]  # 0..255 are the letters
+    ends = [end_of_turn(tokenizer)]
+    assert [[i for i, n in zip(ids, turn_ids) if n == k] for k in (1, 2)] == [
+        spelled(tokenizer, texts[side]) + ends for side in ("question", "answer")]
+
+
+@pytest.mark.parametrize("content", ["  two spaces\n\n", "<think>\nhm\n</think>\n\nAsk?", "\nx", "", "a</think>b",
+                                     "\ue0001\ue001"])
+def test_no_template_trims_or_strips_a_turn(family, content):
+    name, tokenizer = family
+    messages = say(content, content, content, content, content, "end")
+    ids, turn_ids = render(tokenizer, messages)
+    mine = [[i for i, n in zip(ids, turn_ids) if n == k] for k in (1, 2, 3)]
+    assert mine[:2] == [spelled(tokenizer, content) + [end_of_turn(tokenizer)]] * 2
+    head, human = len(_scaffold(tokenizer)[0]), spelled(tokenizer, content)
+    assert ids[head:head + len(human)] == human
+
+
+def test_tomorrow_the_ids_are_the_same(family, monkeypatch):
+    name, tokenizer = family
+    ids = render(tokenizer, DIALOGUE)
+
+    class Tomorrow(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.datetime(2031, 1, 2)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    _scaffold.cache_clear()
+    if name in ("llama3_2", "gptoss", "smollm3"):  # the trap is there, and it is the clock that was moved
+        assert "2031" in tokenizer.apply_chat_template(DIALOGUE, tokenize=False)
+    assert render(tokenizer, DIALOGUE) == ids and "2031" not in tokenizer.decode(ids[0])
+
+
+def test_candidates_without_ids_are_encoded_once_for_all(family):
+    name, tokenizer = family
+    written = action_tokens(tokenizer, {"content": "Ask?"})
+    assert action_tokens(tokenizer, {"content": "Ask?", "output_ids": written}) == written
+    prompt, _ = render(tokenizer, DIALOGUE[:1])
+    assert render(tokenizer, say(DIALOGUE[0]["content"], "Ask?"))[0] == prompt + written
+
+
+# ------------------------------------------------------------------ templates that rewrite the past
+
+EXPECTED = {
+    # no system prompt; an empty thought stands in front of the turn that is being written, and stays there
+    "qwen3": "<|im_start|>user\nU1<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nA1<|im_end|>\n"
+             "<|im_start|>user\nU2<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nA2<|im_end|>",
+    # without the thought that the generation prompt opens
+    "deepseek_r1_distill": "<｜begin▁of▁sentence｜><｜User｜>U1<｜Assistant｜>A1<｜end▁of▁sentence｜><｜User｜>U2"
+                           "<｜Assistant｜>A2<｜end▁of▁sentence｜>",
+    "deepseekv3": "<｜begin▁of▁sentence｜><｜User｜>U1<｜Assistant｜>A1<｜end▁of▁sentence｜><｜User｜>U2"
+                  "<｜Assistant｜>A2<｜end▁of▁sentence｜>",
+    # the agent speaks in the final channel, and what it ended its turn with stays
+    "gptoss": "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\nKnowledge "
+              "cutoff: 2024-06\nCurrent date: 2024-07-26\n\nReasoning: medium\n\n# Valid channels: analysis, "
+              "commentary, final. Channel must be included for every message.<|end|><|start|>user<|message|>U1<|end|>"
+              "<|start|>assistant<|channel|>final<|message|>A1<|return|>"
+              "<|start|>user<|message|>U2<|end|><|start|>assistant<|channel|>final<|message|>A2<|return|>",
+    # a turn ends where the human's begins
+    "glm4moe": "[gMASK]<sop><|user|>\nU1<|assistant|>\n<think></think>\nA1<|user|>\nU2<|assistant|>\n<think></think>"
+               "\nA2<|user|>",
+    # the space after [/INST] is the agent's to write
+    "mistral_v3": "<s>[INST] U1[/INST]A1</s>[INST] U2[/INST]A2</s>",
+    "llama2": "<s>[INST] U1 [/INST]A1</s><s>[INST] U2 [/INST]A2</s>",
+    # and so is a line break that the generation prompt lacks
+    "zephyr": "<|user|>\nU1</s><|assistant|>A1</s><|user|>\nU2</s><|assistant|>A2</s>",
+}
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.rewrites])
+def test_the_past_stays_as_the_agent_saw_and_wrote_it(name):
+    tokenizer = tokenizer_of(name)
+    ids, _ = render(tokenizer, say("U1", "A1", "U2", "A2"))
+    assert tokenizer.decode(ids) == EXPECTED[name]
+
+
+# ------------------------------------------------------------------ no way through
+
+@pytest.mark.parametrize("template, words", [
+    (CHATML, "control token"),                                                           # <|im_end|> is no token here
+    ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "control token"),
+    ("{% for m in messages[-2:] %}{{ m.content }}<END>{% endfor %}", "every message once"),
+    ("{% for m in messages %}{{ m.content | upper }}{{ m.content }}<END>{% endfor %}", "every message once"),
+    ("{% for m in messages %}{% if m.role == 'assistant' %}{{ raise_exception('no!') }}{% endif %}{% endfor %}", "no!"),
+    ("{% for m in messages %}<U>{{ m.content }}{% if loop.last %}<END>{% endif %}{% endfor %}", "another way"),
+    (None, "chat_template"),
+])
+def test_what_cannot_be_masked_is_one_clear_error(template, words):
+    tokenizer = byte_tokenizer(template, ["<END>", "<U>"], eos="<END>")
+    with pytest.raises(ValueError, match=words):
+        render(tokenizer, say("a"))
+
+
+@pytest.mark.parametrize("roles", [["system", "user"], ["assistant"], ["user", "user"], ["user", "tool"]])
+def test_messages_are_of_user_and_assistant_in_turn(roles):
+    tokenizer = tokenizer_of("phi4")
+    with pytest.raises(ValueError, match="in turn"):
+        render(tokenizer, [{"role": role, "content": "x"} for role in roles])
