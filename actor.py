@@ -44,7 +44,7 @@ class Rollout:
 @dataclass(frozen=True)
 class Candidates:
     """Turns for the critic to choose from."""
-    states: int = arg(2000, "states (turns of offline dialogues) to sample at")
+    states: int = arg(4000, "states (turns of offline dialogues) to sample at, at most")
     n: int = arg(16, "candidates a state", 16)
 
 
@@ -63,15 +63,16 @@ class Rft:
     """Rejection-sampling fine-tuning, a baseline."""
     lr: float = arg(1e-3, "learning rate", 2e-7)
     batch_size: int = arg(32, "trajectories a step", 32)
-    epochs: int = arg(40, "passes over the successful trajectories", 4)
+    epochs: int = arg(20, "passes over the successful trajectories", 4)
 
 
 @dataclass(frozen=True)
 class Multiturn:
     """DPO on whole trajectories, a baseline."""
+    per_task: int = arg(6, "trajectory pairs a task at most")
     lr: float = arg(1e-3, "learning rate", 2e-7)
     beta: float = arg(1.0, "DPO's beta on whole trajectories", 0.1)
-    nll: float = arg(3.0, "weight of the chosen trajectory's negative log-likelihood", 0.01)
+    nll: float = arg(1.0, "weight of the chosen trajectory's negative log-likelihood", 0.01)
     batch_size: int = arg(8, "trajectory pairs a step", 8)
     epochs: int = arg(8, "passes over the pairs", 4)
 

@@ -160,9 +160,9 @@ def stage_rollout(run):
                  run.machine.rows, group, "rollout")
 
 
-def better_and_worse(run):
-    cfg = run.settings["pairs"]
-    pairs = critic.trajectory_pairs(run.trajectories(), cfg.per_task, cfg.margin, random.Random(f"pairs {run.seed}"))
+def better_and_worse(run, per_task):
+    margin = run.settings["pairs"].margin
+    pairs = critic.trajectory_pairs(run.trajectories(), per_task, margin, random.Random(f"pairs {run.seed}"))
     if not pairs:
         raise InputError(f"{run.path('trajectories.jsonl')}: no task has both a successful and a failed dialogue: "
                          "nothing to learn from; roll out more (--rollout-per-task) or start from a better --model")
@@ -171,7 +171,8 @@ def better_and_worse(run):
 
 def stage_critic(run):
     model, tokenizer = run.model("base", train=True)
-    critic.train(model, tokenizer, better_and_worse(run), run.path("critic"), run.settings["critic"], run.seed,
+    pairs = better_and_worse(run, run.settings["pairs"].per_task)
+    critic.train(model, tokenizer, pairs, run.path("critic"), run.settings["critic"], run.seed,
                  save_to(model, tokenizer))
 
 
@@ -247,8 +248,9 @@ def stage_rft(run):
 
 def stage_multiturn(run):
     model, tokenizer = run.model("base", train=True)
+    pairs = better_and_worse(run, run.settings["multiturn"].per_task)
     examples = [{"chosen": render(tokenizer, better["dialogue_history"]),
-                 "rejected": render(tokenizer, worse["dialogue_history"])} for better, worse in better_and_worse(run)]
+                 "rejected": render(tokenizer, worse["dialogue_history"])} for better, worse in pairs]
     actor.train_preferences(model, examples, run.path("multiturn"), run.settings["multiturn"], run.seed,
                             save_to(model, tokenizer), "multiturn")
 
@@ -373,9 +375,10 @@ def play(run):
 
 
 def table(argv, options):
-    """The README's table: everything with --seed 0, 1, ..., with and without c, under one folder; then one table of
-    all."""
-    runs = [Path(options.run) / f"seed{seed}" for seed in range(options.seeds)]
+    """The README's table: everything with several seeds from --seed on, with and without c, under one folder; then one
+    table of all."""
+    seeds = range(options.seed, options.seed + options.seeds)
+    runs = {seed: Path(options.run) / f"seed{seed}" for seed in seeds}
 
     def one(seed):
         for extra in ([], ["--no-reference"]):
@@ -384,8 +387,8 @@ def table(argv, options):
                                 str(seed), *extra], check=True, stdout=log, stderr=log)
     Path(options.run).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(tqdm(pool.map(one, range(options.seeds)), total=options.seeds, desc="seeds"))
-    text = report.results_table(runs)
+        list(tqdm(pool.map(one, seeds), total=len(seeds), desc="seeds"))
+    text = report.results_table(list(runs.values()))
     print(text)
     (Path(options.run) / "table.md").write_text(text, encoding="utf-8")
 
