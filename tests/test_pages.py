@@ -238,33 +238,34 @@ def test_lab_of_known_colours():
 COLOURS = "red green blue yellow purple pink indigo gray".split()
 
 
-def damage(source, rng):
-    """One edit that a designer could make: another colour, another text, an element less, another size."""
-    elements = list(re.finditer(r"<(p|h1|h2|h3|a|button|li|img|section|footer|nav)\b[^>]*>(?:[^<]*</\1>)?", source))
-    colours = list(re.finditer(r"(?<=[\s\"])(bg|text)-(?:%s|white)(?:-\d00)?(?=[\s\"])" % "|".join(COLOURS), source))
-    words = list(re.finditer(r">\s*([A-Z][^<>]{3,})<", source))
-    sizes = list(re.finditer(r"(?<=[\s\"])(p|py|mb|text)-(\d|\dxl|lg)(?=[\s\"])", source))
-    kind = rng.choice([k for k in (elements, colours, words, sizes) if k])
-    spot = rng.choice(kind)
-    if kind is elements:
-        return source[:spot.start()] + source[spot.end():]
-    if kind is words:
-        new = " ".join(rng.sample("Lorem ipsum dolor sit amet elit sed eiusmod tempor magna".split(), 4))
-        return source[:spot.start(1)] + new + source[spot.end(1):]
-    if kind is sizes:
-        return source[:spot.start()] + {"text": "text-6xl"}.get(spot[1], f"{spot[1]}-20") + source[spot.end():]
-    new = f"{spot[1]}-{rng.choice(COLOURS)}-{rng.choice((300, 800))}"
-    return source[:spot.start()] + new + source[spot.end():]
+def edits_of(source, rng, n):
+    """n edits that a designer could make, each in a place of its own: [(start, end, new text)]. Another colour,
+    another text, an element less, another size."""
+    elements = re.finditer(r"<(p|h1|h2|h3|a|button|li|img|section|footer|nav)\b[^>]*>(?:[^<]*</\1>)?", source)
+    colours = re.finditer(r"(?<=[\s\"])(bg|text)-(?:%s|white)(?:-\d00)?(?=[\s\"])" % "|".join(COLOURS), source)
+    words = re.finditer(r"(?<=>)\s*([A-Z][^<>]{3,})(?=<)", source)
+    sizes = re.finditer(r"(?<=[\s\"])(p|py|mb|text)-(\d|\dxl|lg)(?=[\s\"])", source)
+    lorem = "Lorem ipsum dolor sit amet elit sed eiusmod tempor magna".split()
+    kinds = [[(m.span(), "") for m in elements],
+             [(m.span(), f"{m[1]}-{rng.choice(COLOURS)}-{rng.choice((300, 800))}") for m in colours],
+             [(m.span(), " ".join(rng.sample(lorem, 4))) for m in words],
+             [(m.span(), "text-6xl" if m[1] == "text" else f"{m[1]}-20") for m in sizes]]
+    chosen = []
+    for _ in range(50 * n):
+        (start, end), new = rng.choice(rng.choice([kind for kind in kinds if kind]))
+        if len(chosen) < n and all(end <= a or start >= b for a, b, _ in chosen):
+            chosen.append((start, end, new))
+    return chosen
 
 
-def chain_of(source, rng, steps=(1, 3, 8)):
-    """A page, and the page after 1, 3 and 8 edits, each on top of the last."""
-    chain = [source]
-    for n in np.diff((0, *steps)):
-        now = chain[-1]
-        for _ in range(n):
-            now = damage(now, rng)
-        chain.append(now)
+def chain_of(source, rng, steps=(0, 1, 3, 8)):
+    """A page after its first 0, 1, 3 and 8 edits."""
+    edits, chain = edits_of(source, rng, steps[-1]), []
+    for n in steps:
+        page = source
+        for start, end, new in sorted(edits[:n], reverse=True):
+            page = page[:start] + new + page[end:]
+        chain.append(page)
     return chain
 
 

@@ -25,8 +25,9 @@
   };
 
   // How many of the same kind stand side by side.
-  const inRow = (el, top) => [...el.parentElement.children].slice(0, 50).filter(other => other.tagName === el.tagName
-    && other.className === el.className && Math.abs(other.getBoundingClientRect().top - top) < 3).length;
+  const inRow = (el, top) => Array.prototype.slice.call(el.parentElement.children, 0, 50).filter(other =>
+    other.tagName === el.tagName && other.className === el.className
+    && Math.abs(other.getBoundingClientRect().top - top) < 3).length;
 
   const describe = el => {
     const style = getComputedStyle(el), tag = el.tagName.toLowerCase(), field = ["input", "textarea"].includes(tag);
