@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from env import DialogueEnv, Task, control_tokens, end_of_turn, grade, render
+from env import INSTRUCTIONS, DialogueEnv, Task, control_tokens, end_of_turn, grade, render
 from kernels.fit import arg, fit
 from kernels.logprob import collate, reference_sums, turn_logprobs
 
@@ -172,9 +172,9 @@ def play_out(model, tokenizer, envs, human, keys, *, temperature=1.0, top_p=1.0,
         live = going
 
 
-def play_tasks(model, tokenizer, tasks, human, keys, cfg, **decoding):
+def play_tasks(model, tokenizer, tasks, human, keys, cfg, grade=grade, instructions=INSTRUCTIONS, **decoding):
     """Play a dialogue on each task to its end and grade it: a list of trajectories in ColBench's format."""
-    envs = [DialogueEnv(cfg.max_turns) for _ in tasks]
+    envs = [DialogueEnv(cfg.max_turns, instructions) for _ in tasks]
     for env, task in zip(envs, tasks):
         env.reset(task)
     play_out(model, tokenizer, envs, human, keys, max_tokens=cfg.max_tokens, **decoding)
@@ -199,7 +199,7 @@ def sample_candidates(model, tokenizer, states, keys, n, max_tokens):
                                for turn, count in counts.items()]
 
 
-def play_on(model, tokenizer, states, human, n, cfg, seed):
+def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade):
     """Value every candidate by Monte Carlo: add "returns", the rewards of n dialogues that the policy plays on from
     it."""
     envs, keys = [], []

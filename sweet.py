@@ -47,10 +47,10 @@ import actor
 import critic
 import report
 from env import ANSWER_MARKER, DialogueEnv, InputError, JsonlWriter, Task
-from env import grade, load_tasks, read_jsonl, render, write_groups, write_json
+from env import load_tasks, read_jsonl, render, write_groups, write_json
 from kernels.fit import arg, load_model, save_to
-from simulator import ConsoleHuman, make_human
-from worlds import backend as world
+from simulator import ConsoleHuman
+from worlds import backend, frontend
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,13 @@ class Credit:
     monte_carlo_rollouts: int = arg(24, "dialogues played on from each candidate")
 
 
-GROUPS = {"base": world.Base, "rollout": actor.Rollout, "pairs": critic.Pairs, "critic": critic.Critic,
+GROUPS = {"base": backend.Base, "rollout": actor.Rollout, "pairs": critic.Pairs, "critic": critic.Critic,
           "candidates": actor.Candidates, "actor": actor.Actor, "rft": actor.Rft, "multiturn": actor.Multiturn,
           "eval": Eval, "credit": Credit}
 SMOKE = {"base": {"documents": 7000, "epochs": 1}, "rollout": {"tasks": 60}, "critic": {"epochs": 1},
          "candidates": {"states": 60, "n": 8}, "actor": {"epochs": 1}, "rft": {"epochs": 1}, "multiturn": {"epochs": 1},
          "eval": {"tasks": 40}, "credit": {"states": 30, "monte_carlo_states": 4, "monte_carlo_rollouts": 8}}
+WORLDS = {"backend": backend, "frontend": frontend}
 METHODS = {"base": "base", "rft": "RFT", "multiturn": "multi-turn DPO", "actor": "SWEET"}
 
 
@@ -86,6 +87,8 @@ class Run:
 
     def __init__(self, options, settings):
         self.options, self.settings, self.seed = options, settings, options.seed
+        self.world, self.grade = WORLDS[options.task], WORLDS[options.task].grader(options)
+        self.rules = {"grade": self.grade, "instructions": self.world.INSTRUCTIONS}
         self.root = Path(options.run)
         self.variant = self.root if settings["critic"].reference else self.root / "no-reference"
 
@@ -97,9 +100,9 @@ class Run:
 
     def claim(self, stage):
         """Refuse to mix: compare the settings that `stage` stands on with those its files were begun with."""
-        mine = {"seed": self.seed, "model": self.options.model}
+        mine = {"task": self.options.task, "seed": self.seed, "model": self.options.model}
         if stage != "base":
-            mine |= {"tasks": self.options.tasks, "human": self.options.human}
+            mine |= {"tasks": self.options.tasks, "human": self.options.human, "clip": self.options.clip}
         for name in STAGES[stage].needs:
             mine |= {f"{name}.{key}": value for key, value in dataclasses.asdict(self.settings[name]).items()}
         file = self.path(STAGES[stage].output).parent / "settings" / f"{stage}.json"
@@ -117,10 +120,10 @@ class Run:
         return load_model(path, self.options.device)
 
     def human(self):
-        return make_human(self.options.human, world.respond, self.seed, self.options.human_model, self.options.device)
+        return self.world.human(self.options, self.seed)
 
     def tasks(self, file, n, split):
-        return load_tasks(file) if file else world.make_tasks(n, self.seed, split)
+        return load_tasks(file) if file else self.world.make_tasks(n, self.seed, split)
 
     def held_out(self):
         return self.tasks(self.options.eval_tasks, self.settings["eval"].tasks, self.settings["eval"].split)
@@ -136,8 +139,9 @@ class Run:
 
 def stage_base(run):
     cfg = run.settings["base"]
-    model, tokenizer = world.new_model(cfg, run.seed)
-    views = [render(tokenizer, messages, reference) for messages, reference in world.documents(cfg.documents, run.seed)]
+    model, tokenizer = run.world.new_model(cfg, run.seed)
+    documents = run.world.documents(cfg.documents, run.seed)
+    views = [render(tokenizer, messages, reference) for messages, reference in documents]
     actor.train_imitation(model, views, run.path("base"), cfg, run.seed, save_to(model, tokenizer), "base")
 
 
@@ -148,7 +152,8 @@ def stage_rollout(run):
 
     def group(part, _):
         return actor.play_tasks(model, tokenizer, [tasks[i] for i, _ in part], human,
-                                [(run.seed, "rollout", *key) for key in part], cfg, temperature=cfg.temperature)
+                                [(run.seed, "rollout", *key) for key in part], cfg, temperature=cfg.temperature,
+                                **run.rules)
     write_groups(run.path("trajectories.jsonl"), [(i, k) for i in range(len(tasks)) for k in range(cfg.per_task)], 512,
                  group, "rollout")
 
@@ -224,7 +229,7 @@ def stage_actor(run):
 
 def stage_rft(run):
     model, tokenizer = run.model("base")
-    views = [render(tokenizer, t["dialogue_history"]) for t in run.trajectories() if t["reward"] == 1.0]
+    views = [render(tokenizer, t["dialogue_history"]) for t in run.world.successes(run.trajectories())]
     if not views:
         raise InputError(f"{run.path('trajectories.jsonl')}: no successful dialogue to imitate; roll out more of them "
                          "(--rollout-per-task), or start from a better --model")
@@ -251,7 +256,8 @@ def stage_eval(run):
             loaded.clear()
             loaded[method] = run.model(method)
         played = actor.play_tasks(*loaded[method], [tasks[i] for _, _, i in part], run.human(),
-                                  [(run.seed, "eval", i) for _, _, i in part], run.settings["rollout"], top_p=top_p)
+                                  [(run.seed, "eval", i) for _, _, i in part], run.settings["rollout"], top_p=top_p,
+                                  **run.rules)
         return [{"method": names[method], "top_p": top_p, **t, "dialogue_history": actor.bare(t["dialogue_history"])}
                 for t in played]
     write_groups(run.path("eval.jsonl"), todo, len(tasks), group, "eval")
@@ -263,7 +269,7 @@ def stage_credit(run):
     model, tokenizer = run.model("base")
     states = []
     keys = [(run.seed, "credit", i) for i in range(len(tasks))]
-    for trajectory in actor.play_tasks(model, tokenizer, tasks, human, keys, play):
+    for trajectory in actor.play_tasks(model, tokenizer, tasks, human, keys, play, **run.rules):
         turns = range(1, len(trajectory["dialogue_history"]), 2)
         turn = turns[-1] if len(states) % 2 else rng.choice(turns)  # half of them where answers are given
         states.append({"task": trajectory["task"], "messages": actor.bare(trajectory["dialogue_history"][:turn])})
@@ -271,23 +277,24 @@ def stage_credit(run):
     actor.sample_candidates(model, tokenizer, states, keys, run.settings["candidates"].n, play.max_tokens)
     critic.score_reference(model, tokenizer, states)
     valued = states[:cfg.monte_carlo_states]
-    actor.play_on(model, tokenizer, valued, human, cfg.monte_carlo_rollouts, play, run.seed)
+    actor.play_on(model, tokenizer, valued, human, cfg.monte_carlo_rollouts, play, run.seed, run.grade)
     critic.rank(*run.model("critic"), states, run.settings["critic"])
     answers = []
     for state in states:
         task = Task.from_record(state["task"])
         for c in state["candidates"]:
-            c["kind"], c["good"] = world.judge(task, state["messages"], c["content"])
+            c["kind"], c["good"] = run.world.judge(task, state["messages"], c["content"])
             if c["kind"] == "answer":
                 answers.append((c, c["content"].split(ANSWER_MARKER, 1)[1], task))
-    for (c, _, _), reward in zip(answers, grade([text for _, text, _ in answers], [task for _, _, task in answers])):
+    for (c, _, _), reward in zip(answers, run.grade([text for _, text, _ in answers],
+                                                         [task for _, _, task in answers])):
         c["good"] = reward == 1.0
     write_json(run.path("credit.json"), {**critic.agreement_with_labels(states),
                                          "monte_carlo": critic.agreement_with_monte_carlo(valued)})
 
 
 def stage_report(run):
-    report.write(run.root, run.path("report.html"))
+    report.write(run.root, run.path("report.html"), world=run.world)
 
 
 @dataclass(frozen=True)
@@ -344,13 +351,14 @@ def run_stage(run, name):
 def play(run):
     """You are the human: talk with the trained agent, then see its answer graded and its turns judged by the critic."""
     task, cfg = random.Random(time.time_ns()).choice(run.held_out()), run.settings["rollout"]
-    env = DialogueEnv(cfg.max_turns)
+    env = DialogueEnv(cfg.max_turns, run.world.INSTRUCTIONS)
     env.reset(task)
     print(f"You asked for this:\n\n    {task.problem_description}\n")
     print(f"What you have in mind, and the agent cannot see:\n\n{task.ground_truth}")
     actor.play_out(*run.model("actor"), [env], ConsoleHuman(), ["play"], top_p=run.settings["eval"].top_p,
                    max_tokens=cfg.max_tokens)
-    print(f"\nagent: {env.messages[-1]['content']}\n\nTests passed: {grade([env.answer], [task])[0]:.0%}")
+    print(f"\nagent: {env.messages[-1]['content']}\n\n{run.world.REWARD}: "
+          f"{run.grade([env.answer], [task])[0]:.0%}")
     print("\nThe critic's advantage of each turn, in nats a token (0: like the initial policy's average turn):")
     trajectory = {"task": task.to_record(), "dialogue_history": env.messages}
     for k, advantage in enumerate(critic.judge_turns(run.model("critic"), run.model("base")[0], trajectory,
@@ -371,7 +379,7 @@ def table(argv, options):
     Path(options.run).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         list(tqdm(pool.map(one, range(options.seeds)), total=options.seeds, desc="seeds"))
-    text = report.results_table(runs)
+    text = report.results_table(runs, WORLDS[options.task])
     print(text)
     (Path(options.run) / "table.md").write_text(text, encoding="utf-8")
 
@@ -383,6 +391,8 @@ def parser():
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                   allow_abbrev=False)
     top.add_argument("stage", nargs="?", default="all", choices=["all", *STAGES, "play", "table"], metavar="STAGE")
+    top.add_argument("--task", choices=list(WORLDS), default="backend", help="what to collaborate on (default backend)")
+    top.add_argument("--clip", help="frontend: grade by the cosine of this CLIP model (default: matched boxes)")
     top.add_argument("--run", default="runs/default", help="folder of the run (default runs/default or runs/smoke)")
     top.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
     top.add_argument("--smoke", action="store_true", help="everything in miniature")
@@ -413,7 +423,7 @@ def settings_of(options):
     """The hyper-parameters: flags over --smoke over --preset over the defaults."""
     settings = {}
     for group, kind in GROUPS.items():
-        values = {}
+        values = dict(WORLDS[options.task].DEFAULTS.get(group, {}))
         for f in dataclasses.fields(kind):
             if options.preset == "paper" and f.metadata["paper"] is not None:
                 values[f.name] = f.metadata["paper"]
@@ -442,7 +452,7 @@ def main(argv=None):
         run.variant.mkdir(parents=True, exist_ok=True)
         run_stage(run, "report" if options.stage == "all" else options.stage)
         if options.stage in ("all", "report"):
-            print(f"\n{report.results_table([run.root])}\nreport: {run.path('report.html')}")
+            print(f"\n{report.results_table([run.root], run.world)}\nreport: {run.path('report.html')}")
     except InputError as error:
         sys.exit(f"sweet: {error}")
     except Exception as error:  # a disk can fill up in any library, each with an exception of its own

@@ -21,10 +21,13 @@ Exercised by `python -m pytest tests/test_world.py`; `python sweet.py base` trai
 import random
 from dataclasses import dataclass
 
-from env import ANSWER_MARKER, INSTRUCTIONS, REFERENCE_PREFIX, Task
+from env import ANSWER_MARKER, INSTRUCTIONS, REFERENCE_PREFIX, Task, grade
 from kernels.fit import arg
+from simulator import make_human
 
 MAX_TURNS = 4
+DEFAULTS = {}           # this world's settings are the defaults everywhere
+REWARD = "Tests passed"
 RELEVANT = 3            # steps that matter to a topic
 P_REVEALED = 0.35      # a step that matters is named in the request with this probability
 VALUE_WEIGHTS = (0.55, 0.15, 0.15, 0.15)
@@ -139,7 +142,22 @@ def _test_cases(rng, topic):
     return {f"test{k}": f"tidy_{topic}({row + rng.choices(row, k=3)})" for k, row in enumerate(inputs, 1)}
 
 
+def grader(options):
+    """grade(answers, tasks) -> rewards."""
+    return grade
+
+
+def successes(trajectories):
+    """What RFT imitates."""
+    return [t for t in trajectories if t["reward"] == 1.0]
+
+
 # ------------------------------------------------------------------ the human
+
+def human(options, seed):
+    """The human that the command line names."""
+    return make_human(options.human, respond, seed, options.human_model, options.device)
+
 
 def asked_step(question):
     """The step that a question asks about, or None."""
@@ -191,14 +209,15 @@ def phrases():
     return list(dict.fromkeys(text for text in texts if text))
 
 
-def make_tokenizer():
-    """Unigram over the world's phrases (fewest tokens win), with letters and bytes below them so that any text can be
-    encoded."""
+def make_tokenizer(texts=None):
+    """Unigram over a world's phrases (this one's; fewest tokens win), with letters and bytes below them so that any
+    text can be encoded."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
+    texts = texts or phrases()
     vocab = [("<unk>", -1000.0)] + [(f"<0x{byte:02X}>", -1000.0) for byte in range(256)]
-    vocab += [(chr(code), -20.0) for code in range(32, 127) if chr(code) not in phrases()]
-    core = Tokenizer(models.Unigram(vocab + [(text, -1.0) for text in phrases()], unk_id=0, byte_fallback=True))
+    vocab += [(chr(code), -20.0) for code in range(32, 127) if chr(code) not in texts]
+    core = Tokenizer(models.Unigram(vocab + [(text, -1.0) for text in texts], unk_id=0, byte_fallback=True))
     core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>", unk_token="<unk>",
@@ -220,11 +239,11 @@ class Base:
     layers: int = arg(2, "layers of the model")
 
 
-def new_model(cfg, seed):
-    """A tiny untrained Llama and its tokenizer."""
+def new_model(cfg, seed, tokenizer=None):
+    """A tiny untrained Llama and its tokenizer (this world's, or another's)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    tokenizer = make_tokenizer()
+    tokenizer = tokenizer or make_tokenizer()
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=cfg.hidden, intermediate_size=2 * cfg.hidden,

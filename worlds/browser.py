@@ -21,6 +21,7 @@ Exercised by `python -m pytest tests/test_pages.py`.
 import atexit
 import base64
 import functools
+import hashlib
 import io
 import json
 import os
@@ -28,6 +29,7 @@ import re
 import select
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -288,13 +290,46 @@ def _draw(source, wanted):
     return Page(failure=f"the browser hung or died, twice; it has {SECONDS:g} s a page")
 
 
+@functools.lru_cache(maxsize=1)
+def _shelf():
+    """A database of pages drawn before, and the key that they were drawn under: this code and this browser."""
+    browser = Path(find_browser()).resolve()
+    parts = [Path(__file__).read_bytes(), SEE.encode(), f"{browser} {browser.stat().st_mtime_ns}".encode()]
+    shelf = sqlite3.connect(cache_folder() / "pages.db", timeout=60.0, check_same_thread=False)
+    shelf.execute("create table if not exists pages (key text primary key, page text)")
+    return shelf, hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _remember(sources):
+    """Take to memory what was drawn in an earlier run."""
+    shelf, stamp = _shelf()
+    for source in sources:
+        row = shelf.execute("select page from pages where key = ?", (_key(stamp, source),)).fetchone()
+        if row:
+            boxes, background, cells = json.loads(row[0])
+            _PAGES[source] = Page(tuple(boxes), tuple(background), np.array(cells, np.uint8))
+
+
+def _key(stamp, source):
+    return hashlib.sha256(f"{stamp} {source}".encode("utf-8", "replace")).hexdigest()
+
+
 def render_pages(sources, pictures=False):
-    """What each page (HTML source) looks like, in the same order. pictures: with the screenshot."""
-    new = [s for s in dict.fromkeys(sources) if s not in _PAGES or (pictures and not _PAGES[s].picture)]
+    """What each page (HTML source) looks like, in the same order. pictures: with the screenshot. What was drawn once
+    is not drawn again, in later runs neither (~/.cache/sweet/pages.db)."""
+    missing = [source for source in dict.fromkeys(sources) if pictures or source not in _PAGES]
+    if not pictures and missing:
+        _remember(missing)
+    new = [source for source in missing if pictures or source not in _PAGES]
     with ThreadPoolExecutor(WORKERS) as pool:
         drawn = dict(zip(new, pool.map(lambda source: _draw(source, pictures), new)))
-    if not pictures:
+    if not pictures and drawn:
         _PAGES.update(drawn)
+        shelf, stamp = _shelf()
+        shelf.executemany("insert or ignore into pages values (?, ?)", [
+            (_key(stamp, source), json.dumps([page.boxes, page.background, page.cells.tolist()]))
+            for source, page in drawn.items() if not page.failure])
+        shelf.commit()
         while len(_PAGES) > 50_000:
             del _PAGES[next(iter(_PAGES))]  # the oldest
     return [drawn[source] if source in drawn else _PAGES[source] for source in sources]
