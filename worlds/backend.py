@@ -20,6 +20,7 @@ Exercised by `python -m pytest tests/test_world.py`; `python sweet.py base` trai
 """
 import random
 from dataclasses import dataclass
+from html import escape
 
 from env import ANSWER_MARKER, INSTRUCTIONS, REFERENCE_PREFIX, Task, grade
 from kernels.fit import arg
@@ -28,6 +29,10 @@ from simulator import make_human
 MAX_TURNS = 4
 DEFAULTS = {}           # this world's settings are the defaults everywhere
 REWARD = "Tests passed"
+PAIRED = False          # the second figure of the results is not against the base policy
+LEGEND = "Underlined: a line that reference or answer lacks."
+PAPER = dict(zip(("base", "RFT", "multi-turn DPO", "SWEET", "SWEET without c"),
+                 ("22.4", "28.2", "34.4", "40.4", "31.2")))  # Tables 2 and 3
 RELEVANT = 3            # steps that matter to a topic
 P_REVEALED = 0.35      # a step that matters is named in the request with this probability
 VALUE_WEIGHTS = (0.55, 0.15, 0.15, 0.15)
@@ -295,3 +300,43 @@ def _demonstrate(rng, topic, values, dialogue, turn, reads):
         guesses = {s: rng.choices(range(4), VALUE_WEIGHTS)[0] for s in open_steps if rng.random() < 0.1}
         chosen = {**known, **guesses}
     return f"{ANSWER_MARKER}\n{write_function(topic, chosen)}"
+
+
+# ------------------------------------------------------------------ in the report
+
+def headers(settings):
+    """What the two figures of `figures` are called."""
+    return "success", "tests passed"
+
+
+def figures(record, base):
+    """Two figures of an evaluated dialogue, in %: success, and the share of tests passed. base: the base policy's on
+    the same task."""
+    return 100 * (record["reward"] == 1), 100 * record["reward"]
+
+
+def verdict(record):
+    return "success" if record["reward"] == 1 else "failure"
+
+
+def brief(text):
+    """A message as the dialogue shows it."""
+    return text
+
+
+def _program(title, text, other):
+    """A program under a title, the lines that the other one lacks marked."""
+    theirs = {line.strip() for line in other.splitlines()}
+    rows = [escape(row) if row.strip() in theirs else f"<mark>{escape(row)}</mark>" for row in text.splitlines()]
+    return f"<h4>{title}</h4><pre>{'<br>'.join(rows)}</pre>"
+
+
+def evidence(record):
+    """Reference, answer, and which tests the answer passes, each test graded as a task of its own."""
+    task = Task.from_record(record["task"])
+    single = [Task(task.problem_description, task.ground_truth, {"test": call}) for call in task.test_cases.values()]
+    passed = grade([record["answer"]] * len(single), single)
+    calls = "".join(f"<li>{'✓' if ok else '✗'} {escape(c)}" for c, ok in zip(task.test_cases.values(), passed))
+    return f"""{_program("reference", task.ground_truth, record["answer"])}
+        {_program("answer", record["answer"], task.ground_truth)}<details><summary>passes {sum(passed):.0f} of
+        {len(passed)} tests</summary><ul>{calls}</ul></details>"""

@@ -20,17 +20,17 @@ in worlds/backend.py, half of its documents carry the reference in front, and th
 
 Exercised by `python -m pytest tests/test_frontend.py`; `python sweet.py --task frontend` runs everything.
 """
+import base64
 import functools
 import random
 import re
 
-import numpy as np
-
-from env import ANSWER_MARKER, REFERENCE_PREFIX, Task
-from simulator import Human
+from env import ANSWER_MARKER, REFERENCE_PREFIX, InputError, Task
+from simulator import EndpointHuman, Human, make_human
 from worlds import backend
-from worlds.browser import HEIGHT, WIDTH, render_pages
-from worlds.pages import clip_similarity, lab, match, similarity
+from worlds.browser import render_pages
+from worlds.pages import COLOUR_WORDS, PAPER, brief, clip_similarity, differences, evidence, figures, headers
+from worlds.pages import page_source, similarity, verdict
 
 INSTRUCTIONS = (
     "You are designing a web page for a person who has described it only roughly. In each of your turns, show a "
@@ -38,20 +38,15 @@ INSTRUCTIONS = (
     + ANSWER_MARKER + "\" followed by the final page. You have {max_turns} turns at most, and the answer takes one of "
     "them.\n\n")
 MAX_TURNS = 3
-REWARD = "Similarity"
+REWARD, PAIRED = "Similarity", True
+LEGEND = "Pictures: the draft of each round on the left, the reference on the right."
+REPORT = (PAPER, headers, figures, verdict, brief, evidence)  # what report.py asks of a world
 DEFAULTS = {"base": {"documents": 12000}, "rollout": {"max_turns": MAX_TURNS, "max_tokens": 40},
             "pairs": {"margin": 0.1}, "eval": {"tasks": 200}}
 REPLY_CHARACTERS = 1000  # the official environment cuts the frontend human's reply here
 
 
 # ------------------------------------------------------------------ the reward
-
-def page_source(text):
-    """The page in what an agent wrote: from <html to </html>, or else from the first tag to the last; "" without
-    one."""
-    found = re.search(r"(?:<!doctype[^>]*>\s*)?<html\b.*?(?:</html>|\Z)", text, re.S | re.I)
-    return (found or re.search(r"<.*>|\Z", text, re.S))[0]
-
 
 @functools.lru_cache(maxsize=100_000)
 def _similarity(answer, reference, clip):
@@ -86,88 +81,12 @@ def successes(trajectories):
 
 # ------------------------------------------------------------------ the human
 
-COLOUR_WORDS = {
-    "white": (255, 255, 255), "light grey": (225, 228, 232), "grey": (148, 155, 165), "dark grey": (75, 80, 90),
-    "black": (10, 10, 15), "red": (220, 38, 38), "pink": (244, 160, 200), "orange": (245, 130, 30),
-    "yellow": (250, 204, 21), "light yellow": (254, 243, 180), "green": (30, 150, 70), "light green": (190, 240, 205),
-    "teal": (20, 140, 140), "blue": (37, 99, 235), "light blue": (200, 222, 250), "dark blue": (30, 50, 130),
-    "purple": (126, 40, 205), "light purple": (222, 205, 250), "brown": (120, 70, 30)}
-NOUNS = {"nav": "navigation bar", "header": "header", "footer": "footer", "aside": "sidebar", "button": "button",
-         "img": "picture", "svg": "picture", "input": "field", "textarea": "field", "select": "field", "a": "link",
-         "h1": "heading", "h2": "heading", "h3": "heading", "h4": "heading", "hr": "line", "li": "list item"}
 RIGHT = "That is exactly what I have in mind."
+LOOK = ("A designer is making a web page for you. This is how the designer's page looks now:",
+        "And this is the page that you have in mind, which the designer cannot see:",
+        "Tell the designer, in one or two plain sentences, the one or two most outstanding differences: what should be "
+        "changed, and how. Write no HTML. If both look the same, say so.")
 NO_PAGE = "I cannot see a page yet, please show me one."
-
-
-@functools.lru_cache(maxsize=10_000)
-def colour_word(rgb):
-    distances = np.linalg.norm(lab(list(COLOUR_WORDS.values())) - lab(rgb), axis=-1)
-    return list(COLOUR_WORDS)[int(distances.argmin())]
-
-
-def noun(box):
-    """What a person calls a box."""
-    plain = "box" if box["solid"] else "picture" if box["picture"] else "text"
-    return "button" if box["tag"] == "a" and box["solid"] else NOUNS.get(box["tag"], plain)
-
-
-def name(box):
-    quoted = box["text"] and noun(box) in ("heading", "text", "button", "link", "list item", "box", "field")
-    return f"{noun(box)} \"{box['text'][:40]}\"" if quoted else noun(box)
-
-
-def place(box, page):
-    """Where a box stands, in words."""
-    x, y, w, h = box["rect"]
-    bottom = max(b["rect"][1] + b["rect"][3] for b in page.boxes)
-    down, across = (y + h / 2) / bottom, (x + w / 2) / WIDTH
-    return (("at the top" if down < 1 / 3 else "in the middle" if down < 2 / 3 else "at the bottom")
-            + (" on the left" if across < 1 / 3 else "" if across < 2 / 3 else " on the right"))
-
-
-def differences(draft, wish):
-    """Every difference between two drawn pages that a person would name, most outstanding first: sentences about the
-    draft."""
-    said = {}
-    pairs = [(a, r) for a, r, _ in match(draft, wish) if noun(draft.boxes[a]) == noun(wish.boxes[r])]
-
-    def say(weight, sentence):
-        said[sentence] = said.get(sentence, 0.0) + weight
-
-    def size(box):
-        return (box["rect"][2] * box["rect"][3]) ** 0.5
-    if colour_word(draft.background) != colour_word(wish.background):
-        say(0.5 * (WIDTH * HEIGHT) ** 0.5, f"The page background should be {colour_word(wish.background)}, not "
-                                           f"{colour_word(draft.background)}.")
-    rows = [{noun(b): max(c["row"] for c in page.boxes if noun(c) == noun(b)) for b in page.boxes}
-            for page in (draft, wish)]
-    order = [sorted(pairs, key=lambda pair: page.boxes[pair[side]]["rect"][1])
-             for side, page in ((0, draft), (1, wish))]
-    for pair in pairs:
-        a, r = draft.boxes[pair[0]], wish.boxes[pair[1]]
-        jump = abs(order[0].index(pair) - order[1].index(pair))
-        if rows[0][noun(a)] != rows[1][noun(a)]:
-            wished = f"{rows[1][noun(a)]} side by side" if rows[1][noun(a)] > 1 else "one under the other"
-            say(size(r), f"The {'boxes' if noun(r) == 'box' else noun(r) + 's'} should stand {wished}.")
-        elif 3 * jump > len(pairs) and place(a, draft) != place(r, wish):
-            say(size(r), f"The {name(r)} should be {place(r, wish)}, not {place(a, draft)}.")
-        if colour_word(tuple(a["back"])) != colour_word(tuple(r["back"])) and (r["solid"] or a["solid"]):
-            say(0.7 * size(r), f"The {name(r)} should be {colour_word(tuple(r['back']))}, not "
-                               f"{colour_word(tuple(a['back']))}.")
-        if a["text"] and r["text"]:
-            if a["text"] != r["text"]:
-                say(0.6 * size(r), f"The {noun(r)} \"{a['text'][:40]}\" should say \"{r['text'][:60]}\".")
-            if colour_word(tuple(a["ink"])) != colour_word(tuple(r["ink"])):
-                say(0.3 * size(r), f"The letters of the {name(r)} should be {colour_word(tuple(r['ink']))}.")
-            if not 0.75 < a["font"] / r["font"] < 1.33:
-                say(0.3 * size(r), f"The {name(r)} should be {'larger' if a['font'] < r['font'] else 'smaller'}.")
-    for gone in set(range(len(wish.boxes))) - {r for _, r in pairs}:
-        box = wish.boxes[gone]
-        colour = f"{colour_word(tuple(box['back']))} " if box["solid"] else ""
-        say(size(box), f"There should be a {colour}{name(box)} {place(box, wish)}.")
-    for more in set(range(len(draft.boxes))) - {a for a, _ in pairs}:
-        say(0.8 * size(draft.boxes[more]), f"There should be no {name(draft.boxes[more])}.")
-    return sorted(said, key=lambda sentence: (-said[sentence], sentence))
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -184,6 +103,35 @@ class PageHuman(Human):
         wishes = [task.hidden_information for task in tasks]
         render_pages(drafts + wishes)
         return [_reply(draft, wish)[:REPLY_CHARACTERS] for draft, wish in zip(drafts, wishes)]
+
+
+class EndpointPageHuman(EndpointHuman):
+    """A model behind an OpenAI-compatible server that sees both screenshots (data URLs) and says what differs."""
+
+    def _ask(self, task, dialogue):
+        draft = page_source(dialogue[-1]["content"])
+        seen, wish = render_pages([draft, task.hidden_information], pictures=True)
+        if not seen.boxes:
+            return NO_PAGE
+        draft_url, wish_url = ({"type": "image_url", "image_url": {
+            "url": "data:image/png;base64," + base64.b64encode(page.picture).decode()}} for page in (seen, wish))
+        words = [{"type": "text", "text": text} for text in LOOK]
+        answer = self.client.chat.completions.create(
+            model=self.model, max_tokens=self.max_tokens, temperature=0.0,
+            messages=[{"role": "user", "content": [words[0], draft_url, words[1], wish_url, words[2]]}])
+        return (answer.choices[0].message.content or RIGHT).strip()[:REPLY_CHARACTERS]
+
+
+def human(options, seed):
+    """The human that the command line names: scripted | URL | module:Class. InputError for one who cannot see."""
+    if options.human == "scripted":
+        return PageHuman()
+    if options.human.startswith(("http://", "https://")):
+        return EndpointPageHuman(options.human, options.human_model)
+    if ":" in options.human:
+        return make_human(options.human)
+    raise InputError(f"--human {options.human}: a local language model cannot see pages; expected scripted, the URL "
+                     "of a model that can, or module:Class")
 
 
 # ------------------------------------------------------------------ the small world's tasks

@@ -1,22 +1,38 @@
-"""How much two pages look alike, and how that is shown.
+"""How much two pages look alike, in what they differ, and how that is shown.
 
 `similarity` compares what worlds/browser.py sees of two pages, never their sources: 0.7 x matched boxes + 0.1 x
 background + 0.2 x colours of patches; 1 for pages that look the same, 0 where there is nothing to see. A box is matched
 with the one most like it in text, place, size and colour, and counts by the root of its area. With weights at hand,
-`clip_similarity` is the paper's measure instead: the cosine of CLIP's embeddings of both screenshots.
+`clip_similarity` is the paper's measure instead: the cosine of CLIP's embeddings of both screenshots. `differences`
+puts into words what a person would say of the boxes that do not match.
 
-Place in the data flow: Page, Page -> similarity -> the reward of worlds/frontend.py; eval.jsonl -> pictures in the
-report. Exercised by `python -m pytest tests/test_pages.py`.
+Place in the data flow: Page, Page -> similarity and differences -> the reward and the human of worlds/frontend.py;
+eval.jsonl -> pictures in the report. Exercised by `python -m pytest tests/test_pages.py`.
 
 Shapes: A boxes of the one page, R of the other.
 """
+import base64
 import functools
 import io
+import re
 import zlib
+from html import escape
 
 import numpy as np
 
-from worlds.browser import HEIGHT, WIDTH
+from env import ANSWER_MARKER, InputError
+from worlds.browser import HEIGHT, WIDTH, render_pages
+
+PAPER = dict(zip(("base", "RFT", "multi-turn DPO", "SWEET", "SWEET without c"),
+                 ("72.4", "75.2", "76.9", "77.7", "-")))  # Table 2, CLIP cosine
+
+
+def page_source(text):
+    """The page in what an agent wrote: from <html to </html>, or else from the first tag to the last; "" without
+    one."""
+    found = re.search(r"(?:<!doctype[^>]*>\s*)?<html\b.*?(?:</html>|\Z)", text, re.S | re.I)
+    return (found or re.search(r"<.*>|\Z", text, re.S))[0]
+
 
 # ------------------------------------------------------------------ similarity
 
@@ -82,6 +98,92 @@ def similarity(one, other):
     return round(float(0.7 * boxes + 0.1 * background + 0.2 * cells), 6)
 
 
+# ------------------------------------------------------------------ differences, in words
+
+COLOUR_WORDS = {
+    "white": (255, 255, 255), "light grey": (225, 228, 232), "grey": (148, 155, 165), "dark grey": (75, 80, 90),
+    "black": (10, 10, 15), "red": (220, 38, 38), "pink": (244, 160, 200), "orange": (245, 130, 30),
+    "yellow": (250, 204, 21), "light yellow": (254, 243, 180), "green": (30, 150, 70), "light green": (190, 240, 205),
+    "teal": (20, 140, 140), "blue": (37, 99, 235), "light blue": (200, 222, 250), "dark blue": (30, 50, 130),
+    "purple": (126, 40, 205), "light purple": (222, 205, 250), "brown": (120, 70, 30)}
+NOUNS = {"nav": "navigation bar", "header": "header", "footer": "footer", "aside": "sidebar", "button": "button",
+         "img": "picture", "svg": "picture", "input": "field", "textarea": "field", "select": "field", "a": "link",
+         "h1": "heading", "h2": "heading", "h3": "heading", "h4": "heading", "hr": "line", "li": "list item"}
+
+
+@functools.lru_cache(maxsize=10_000)
+def colour_word(rgb):
+    distances = np.linalg.norm(lab(list(COLOUR_WORDS.values())) - lab(rgb), axis=-1)
+    return list(COLOUR_WORDS)[int(distances.argmin())]
+
+
+def noun(box):
+    """What a person calls a box."""
+    plain = "box" if box["solid"] else "picture" if box["picture"] else "text"
+    return "button" if box["tag"] == "a" and box["solid"] else NOUNS.get(box["tag"], plain)
+
+
+def name(box):
+    quoted = box["text"] and noun(box) in ("heading", "text", "button", "link", "list item", "box", "field")
+    return f"{noun(box)} \"{box['text'][:40]}\"" if quoted else noun(box)
+
+
+def place(box, page):
+    """Where a box stands, in words."""
+    x, y, w, h = box["rect"]
+    bottom = max(b["rect"][1] + b["rect"][3] for b in page.boxes)
+    down, across = (y + h / 2) / bottom, (x + w / 2) / WIDTH
+    return (("at the top" if down < 1 / 3 else "in the middle" if down < 2 / 3 else "at the bottom")
+            + (" on the left" if across < 1 / 3 else "" if across < 2 / 3 else " on the right"))
+
+
+def differences(draft, wish):
+    """Every difference between two drawn pages that a person would name, most outstanding first: sentences about the
+    draft."""
+    said = {}
+    pairs = [(a, r) for a, r, _ in match(draft, wish) if noun(draft.boxes[a]) == noun(wish.boxes[r])]
+
+    def say(weight, sentence):
+        said[sentence] = said.get(sentence, 0.0) + weight
+
+    def size(box):
+        return (box["rect"][2] * box["rect"][3]) ** 0.5
+    if colour_word(draft.background) != colour_word(wish.background):
+        say(0.5 * (WIDTH * HEIGHT) ** 0.5, f"The page background should be {colour_word(wish.background)}, not "
+                                           f"{colour_word(draft.background)}.")
+    rows = [{noun(b): max(c["row"] for c in page.boxes if noun(c) == noun(b)) for b in page.boxes}
+            for page in (draft, wish)]
+    order = [sorted(pairs, key=lambda pair: page.boxes[pair[side]]["rect"][1])
+             for side, page in ((0, draft), (1, wish))]
+    for pair in pairs:
+        a, r = draft.boxes[pair[0]], wish.boxes[pair[1]]
+        jump = abs(order[0].index(pair) - order[1].index(pair))
+        if rows[0][noun(a)] != rows[1][noun(a)]:
+            wished = f"{rows[1][noun(a)]} side by side" if rows[1][noun(a)] > 1 else "one under the other"
+            say(size(r), f"The {'boxes' if noun(r) == 'box' else noun(r) + 's'} should stand {wished}.")
+        elif 3 * jump > len(pairs) and place(a, draft) != place(r, wish):
+            say(size(r), f"The {name(r)} should be {place(r, wish)}, not {place(a, draft)}.")
+        if colour_word(tuple(a["back"])) != colour_word(tuple(r["back"])) and (r["solid"] or a["solid"]):
+            say(0.7 * size(r), f"The {name(r)} should be {colour_word(tuple(r['back']))}, not "
+                               f"{colour_word(tuple(a['back']))}.")
+        if a["text"] and r["text"]:
+            if a["text"] != r["text"]:
+                say(0.6 * size(r), f"The {noun(r)} \"{a['text'][:40]}\" should say \"{r['text'][:60]}\".")
+            if colour_word(tuple(a["ink"])) != colour_word(tuple(r["ink"])):
+                say(0.3 * size(r), f"The letters of the {name(r)} should be {colour_word(tuple(r['ink']))}.")
+            if not 0.75 < a["font"] / r["font"] < 1.33:
+                say(0.3 * size(r), f"The {name(r)} should be {'larger' if a['font'] < r['font'] else 'smaller'}.")
+    for gone in set(range(len(wish.boxes))) - {r for _, r in pairs}:
+        box = wish.boxes[gone]
+        colour = f"{colour_word(tuple(box['back']))} " if box["solid"] else ""
+        say(size(box), f"There should be a {colour}{name(box)} {place(box, wish)}.")
+    for more in set(range(len(draft.boxes))) - {a for a, _ in pairs}:
+        say(0.8 * size(draft.boxes[more]), f"There should be no {name(draft.boxes[more])}.")
+    return sorted(said, key=lambda sentence: (-said[sentence], sentence))
+
+
+# ------------------------------------------------------------------ CLIP
+
 @functools.lru_cache(maxsize=1)
 def _clip(name):
     from transformers import AutoProcessor, CLIPModel
@@ -99,3 +201,47 @@ def clip_similarity(one, other, name):
         found = model.get_image_features(**processor(images=images, return_tensors="pt"))
     a, b = torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1)
     return float(a @ b)
+
+
+# ------------------------------------------------------------------ in the report
+
+def headers(settings):
+    """What the two figures of `figures` are called."""
+    return f"similarity ({'CLIP' if settings.get('clip') else 'boxes'})", "win rate against base"
+
+
+def figures(record, base):
+    """Two figures of an evaluated dialogue, in %: similarity, and whether it beats the base policy's on the same task
+    (a tie counts half)."""
+    return 100 * record["reward"], 50 * (1 + (record["reward"] > base["reward"]) - (record["reward"] < base["reward"]))
+
+
+def verdict(record):
+    return f"similarity {record['reward']:.2f}"
+
+
+def brief(text):
+    """A message as the dialogue shows it: a page is shown as a picture, not as source."""
+    source = page_source(text)
+    return text.replace(source, " [page]") if source else text
+
+
+def _thumbnail(picture):
+    from PIL import Image
+    small, image = io.BytesIO(), Image.open(io.BytesIO(picture)).convert("RGB")
+    image.crop((0, 0, image.width, min(image.height, 2 * WIDTH))).reduce(4).save(small, "JPEG", quality=80)
+    return f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(small.getvalue()).decode()}'>"
+
+
+def evidence(record):
+    """Round by round: the picture of the draft beside that of the reference, and how alike they are."""
+    drafts = [message["content"] for message in record["dialogue_history"] if message["role"] == "assistant"]
+    sources = [page_source(draft.replace(ANSWER_MARKER, "")) for draft in drafts]
+    try:
+        *drawn, wish = render_pages([*sources, record["task"]["ground_truth"]], pictures=True)
+    except InputError as error:
+        return f"<p>No pictures: {escape(str(error))}</p>"
+    kinds = ["answer" if ANSWER_MARKER in draft else "draft" for draft in drafts]
+    return "".join(f"<h4>turn {k}, {kind}: {similarity(page, wish):.2f} by boxes</h4>"
+                   f"{_thumbnail(page.picture) if page.picture else escape(page.failure)}{_thumbnail(wish.picture)}"
+                   for k, (kind, page) in enumerate(zip(kinds, drawn), 1))
