@@ -41,8 +41,9 @@ MAX_TURNS = 3
 REWARD, PAIRED = "Similarity", True
 LEGEND = "Pictures: the draft of each round on the left, the reference on the right."
 REPORT = (PAPER, headers, figures, verdict, brief, evidence)  # what report.py asks of a world
-DEFAULTS = {"base": {"documents": 12000}, "rollout": {"max_turns": MAX_TURNS, "max_tokens": 40},
-            "pairs": {"margin": 0.1}, "eval": {"tasks": 200}}
+DEFAULTS = {"base": {"documents": 12000}, "rollout": {"max_turns": MAX_TURNS, "max_tokens": 24},
+            "pairs": {"margin": 0.1}, "candidates": {"states": 640}, "eval": {"tasks": 150},
+            "credit": {"states": 100, "monte_carlo_states": 8, "monte_carlo_rollouts": 16}}
 REPLY_CHARACTERS = 1000  # the official environment cuts the frontend human's reply here
 
 
