@@ -1,15 +1,15 @@
 """The frontend: an agent designs a web page, a person looks at each draft and says what is different from the page
 that they have in mind, and the reward is how much the final page looks like it.
 
-In each turn but the last the agent shows a page, and the human, who sees both pages drawn and no source, names the two
-most outstanding differences in plain words ("The header should be red, not blue."). `EndpointPageHuman` asks a model
+In each turn but the last the agent shows a page, and the human, who sees both pages drawn and no source, names the most
+outstanding difference in plain words ("The header should be red, not blue."). `EndpointPageHuman` asks a model
 that can see (both screenshots, as data URLs); the scripted human compares boxes. The reward is in [0, 1] without a
 line between success and failure, so trajectories are paired when their rewards differ by .1 (as in the paper), and RFT
 imitates the best dialogues of each task.
 
 The small world has pages of six slots: background, header, navigation bar, hero, columns, footer. A request names a
 topic and now and then a slot. Three slots follow from the topic (its house style), which nobody tells the agent: a
-blind first guess costs corrections, of which there are four at most (two drafts, two differences each). So
+blind first guess costs corrections, of which there are only two (two drafts, one difference each). So
 
 - a dialogue needs credit: a draft that forgets a correction, changes what was right, or an answer without a second
   draft, spoils an otherwise good dialogue, and the end alone does not say which;
@@ -41,9 +41,10 @@ MAX_TURNS = 3
 REWARD, PAIRED = "Similarity", True
 LEGEND = "Pictures: the draft of each round on the left, the reference on the right."
 REPORT = (PAPER, headers, figures, verdict, brief, evidence)  # what report.py asks of a world
-DEFAULTS = {"base": {"documents": 12000}, "rollout": {"max_turns": MAX_TURNS, "max_tokens": 24},
-            "pairs": {"margin": 0.1}, "candidates": {"states": 640}, "eval": {"tasks": 150},
-            "credit": {"states": 100, "monte_carlo_states": 8, "monte_carlo_rollouts": 16}}
+NAMED = 1               # differences that the scripted human names in one reply
+DEFAULTS = {"base": {"documents": 9000}, "rollout": {"max_turns": MAX_TURNS, "max_tokens": 24},
+            "pairs": {"margin": 0.1}, "candidates": {"states": 640}, "actor": {"epochs": 2}, "eval": {"tasks": 150},
+            "credit": {"states": 100, "monte_carlo_states": 6, "monte_carlo_rollouts": 16}}
 REPLY_CHARACTERS = 1000  # the official environment cuts the frontend human's reply here
 
 
@@ -93,11 +94,11 @@ NO_PAGE = "I cannot see a page yet, please show me one."
 @functools.lru_cache(maxsize=100_000)
 def _reply(draft, wish):
     draft, wish = render_pages([draft, wish])
-    return " ".join(differences(draft, wish)[:2]) or RIGHT if draft.boxes else NO_PAGE
+    return " ".join(differences(draft, wish)[:NAMED]) or RIGHT if draft.boxes else NO_PAGE
 
 
 class PageHuman(Human):
-    """Looks at the draft and at the page in mind, both drawn, and names the two most outstanding differences."""
+    """Looks at the draft and at the page in mind, both drawn, and names the most outstanding difference."""
 
     def reply(self, tasks, dialogues):
         drafts = [page_source(dialogue[-1]["content"]) for dialogue in dialogues]
@@ -230,7 +231,7 @@ def make_tasks(n, seed, split="train"):
 
 def judge(task, dialogue, action):
     """What the world knows about a turn: (kind, good). A draft (kind question) is good when at most two slots are
-    wrong, so that one reply can name them all; an answer when it is the reference."""
+    wrong, as many as two replies can name; an answer when it is the reference."""
     values, wish = read_page(page_source(action)), read_page(task.ground_truth)
     wrong = sum(a != b for a, b in zip(values, wish)) if values and wish else len(SLOTS)
     if ANSWER_MARKER in action:
