@@ -102,7 +102,8 @@ def test_what_rft_imitates_and_what_the_table_counts():
 # ------------------------------------------------------------------ the human
 
 def test_every_wrong_slot_is_named_in_words_that_tell_its_value():
-    """One slot wrong, every value of every slot: the reply says the right value and nothing false."""
+    """One slot wrong, every value of every slot: the reply says the right value and nothing else. (Of a picture in the
+    place of a heading it says that there should be no picture.)"""
     rng = random.Random(1)
     for slot, size in enumerate(SIZES):
         for value in range(size):
@@ -111,7 +112,8 @@ def test_every_wrong_slot_is_named_in_words_that_tell_its_value():
                 draft = list(wish)
                 wish[slot], draft[slot] = value, wrong
                 reply = said(draft, wish)
-                assert world.known_values([{"content": reply}]) == {slot: value}, (reply, slot, value, wrong)
+                told = 2 if (slot, value, wrong) == (3, 1, 0) else value
+                assert world.known_values([{"content": reply}]) == {slot: told}, (reply, slot, value, wrong)
 
 
 def test_following_the_human_leads_to_the_page_in_mind():
