@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from env import DialogueEnv, InputError, Task, action_tokens, control_tokens, end_of_turn, grade, render
+from env import INSTRUCTIONS, DialogueEnv, InputError, Task, action_tokens, control_tokens, end_of_turn, grade, render
 from kernels.fit import arg, check_context, fit
 from kernels.logprob import branches, lay_out, reference_sums, turn_logprobs
 
@@ -163,15 +163,15 @@ def play_out(model, tokenizer, envs, human, keys, *, temperature=1.0, top_p=1.0,
         live = [i for i in live if envs[i].answer is None]
 
 
-def play_tasks(model, tokenizer, tasks, human, keys, cfg, **decoding):
+def play_tasks(model, tokenizer, tasks, human, keys, cfg, grade=grade, instructions=INSTRUCTIONS, **decoding):
     """Play a dialogue on each task to its end and grade it: a list of trajectories in ColBench's format, None for one
     that the human left."""
-    envs = [DialogueEnv(cfg.max_turns) for _ in tasks]
+    envs = [DialogueEnv(cfg.max_turns, instructions) for _ in tasks]
     for env, task in zip(envs, tasks):
         env.reset(task)
     play_out(model, tokenizer, envs, human, keys, max_tokens=cfg.max_tokens, **decoding)
     ended = [env for env in envs if env.answer is not None]
-    rewards = grade([env.answer for env in ended], [env.task for env in ended], cfg.call_seconds)
+    rewards = grade([env.answer for env in ended], [env.task for env in ended])
     rewards = dict(zip(map(id, ended), rewards))
     return [{"task": env.task.to_record(), "dialogue_history": env.messages, "answer": env.answer,
              "reward": rewards[id(env)]} if id(env) in rewards else None for env in envs]
@@ -212,7 +212,7 @@ def adopt_candidates(tokenizer, states):
                                                    for _ in range(c.get("count", 1))])
 
 
-def play_on(model, tokenizer, states, human, n, cfg, seed):
+def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade):
     """Value every candidate by Monte Carlo: add "returns", the rewards of n dialogues that the policy plays on from
     it."""
     envs, keys = [], []
@@ -229,7 +229,7 @@ def play_on(model, tokenizer, states, human, n, cfg, seed):
         play_out(model, tokenizer, envs[i:i + 512], human, keys[i:i + 512], max_tokens=cfg.max_tokens)
     if any(env.answer is None for env in envs):
         raise InputError("the human left; the same command starts this stage again")
-    rewards = iter(grade([env.answer for env in envs], [env.task for env in envs], cfg.call_seconds))
+    rewards = iter(grade([env.answer for env in envs], [env.task for env in envs]))
     for candidate in (c for state in states for c in state["candidates"]):
         candidate["returns"] = [next(rewards) for _ in range(n)]
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from env import render
+from env import ANSWER_MARKER, Task, render
 from kernels.fit import arg, fit
 from kernels.logprob import lay_out, pad_turns, reference_sums, turn_logprobs
 
@@ -176,6 +176,21 @@ def judge_turns(trained, initial, trajectory, cfg):
 
 
 # ------------------------------------------------------------------ is it right?
+
+def label(states, judge, grade):
+    """Add to every candidate what the world knows: `kind` and `good`, by judge(task, messages, text); an answer is good
+    when it earns the full reward."""
+    answers = []
+    for state in states:
+        task = Task.from_record(state["task"])
+        for c in state["candidates"]:
+            c["kind"], c["good"] = judge(task, state["messages"], c["content"])
+            if c["kind"] == "answer":
+                answers.append((c, c["content"].split(ANSWER_MARKER, 1)[1], task))
+    rewards = grade([text for _, text, _ in answers], [task for _, _, task in answers])
+    for (c, _, _), reward in zip(answers, rewards):
+        c["good"] = reward == 1.0
+
 
 def area_under_curve(good, bad):
     """The chance that a random good one has a larger score than a random bad one (ties count half)."""

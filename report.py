@@ -23,11 +23,12 @@ from string import Template
 
 import numpy as np
 
-from env import ANSWER_MARKER, InputError, Task, grade, read_jsonl
+from env import ANSWER_MARKER, InputError, read_jsonl
+from worlds import backend
 
-PAPER = {"base": 22.4, "RFT": 28.2, "multi-turn DPO": 34.4, "SWEET": 40.4, "SWEET without c": 31.2}  # Tables 2 and 3
+METHODS = ("base", "RFT", "multi-turn DPO", "SWEET", "SWEET without c")
 SWEET = "rollout critic samples candidates pairs actor"  # the stages that a method needs after the base policy
-STAGES = dict(zip(PAPER, ("", "rollout rft", "rollout multiturn", SWEET, SWEET)))
+STAGES = dict(zip(METHODS, ("", "rollout rft", "rollout multiturn", SWEET, SWEET)))
 FOLDERS = {"with c": "", "without c": "no-reference"}  # under a run; without c, what follows the critic is its own
 CREDIT = (("question", "auc", "states"), ("answer", "auc", "states"), ("monte_carlo", "accuracy", "pairs"))
 
@@ -70,8 +71,8 @@ def interval(means_R):
     return (means_R[0], *np.percentile(means_R[1:], (2.5, 97.5)))
 
 
-def summarise(runs):
-    """{(method, top_p): 1 + R rows (success %, tests passed %, turns)}, and the number of tasks of each run.
+def summarise(runs, world):
+    """{(method, top_p): 1 + R rows (the world's two figures in %, turns)}, and the number of tasks of each run.
 
     Runs without an evaluation are left out; a method counts when all others have it.
     """
@@ -80,8 +81,8 @@ def summarise(runs):
     weights_RN = resample_weights(sizes) if sizes else None
     for key in [(m, p) for m in STAGES for p in sorted({p for f in found for _, p in f}, reverse=True)]:
         if all(key in f for f in found):
-            records = [record for f in found for record in f[key]]
-            rows = [[100 * (r["reward"] == 1), 100 * r["reward"], len(r["dialogue_history"]) // 2] for r in records]
+            pairs = [pair for f in found for pair in zip(f[key], f.get(("base", key[1]), f[key]))]
+            rows = [[*world.figures(r, base), len(r["dialogue_history"]) // 2] for r, base in pairs]
             means[key] = weights_RN @ np.array(rows)
     return means, sizes
 
@@ -97,18 +98,18 @@ def decoding(top_p):
     return "T=1" if top_p == 1 else f"top-p {top_p:g}"
 
 
-def results_tables(runs):
+def results_tables(runs, world=backend):
     """[(caption, header, rows)] of the results and of SWEET's lead, none where nothing was evaluated."""
-    means, sizes = summarise(runs)
+    means, sizes = summarise(runs, world)
     if not means:
         return []
     methods, ways = ([*dict.fromkeys(names)] for names in zip(*means))
     rows, lead = [], []
     for method in methods:
         cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*interval(means[method, p][:, 0])) for p in ways]
-        _, passed, turns = means[method, ways[-1]][0]
+        _, other, turns = means[method, ways[-1]][0]
         seconds = np.mean([seconds_of(root, method) for root in runs])
-        rows.append([method, *cells, f"{passed:.1f}", f"{turns:.2f}", f"{seconds:.0f}", f"{PAPER[method]}"])
+        rows.append([method, *cells, f"{other:.1f}", f"{turns:.2f}", f"{seconds:.0f}", world.PAPER[method]])
     baselines = [m for m in ("RFT", "multi-turn DPO") if m in methods]
     others = {f"SWEET - {m}": [m] for m in methods if m != "SWEET"} | {"SWEET - better baseline": baselines}
     for label, choice in others.items() if "SWEET" in methods and baselines else ():
@@ -117,14 +118,18 @@ def results_tables(runs):
         named = [f" ({m})" * (len(choice) > 1) for m in best]
         lead.append([label, *("{:+.1f} [{:+.1f}, {:+.1f}]".format(*gap) + name for gap, name in zip(gaps, named))])
     over = "tasks only, there being one seed" if len(sizes) == 1 else "seeds and their tasks"
+    figures = world.headers(read_json(runs[0] / "settings" / "rollout.json", {}))
     base = np.mean([read_json(root / "seconds.json", {}).get("base", 0) for root in runs])
     caption = (
         f"n = {' + '.join(map(str, sizes))} held-out tasks, seeds: {len(sizes)}. Brackets: 95 % intervals, bootstrap "
-        f"over {over}. Tests, turns: {decoding(ways[-1])}. Seconds: all stages after the base policy ({base:.0f})."
+        f"over {over}. {figures[1].capitalize()}, turns: {decoding(ways[-1])}. Seconds: all stages after the base "
+        f"policy ({base:.0f})."
     )
-    header = ["method", *(f"success %, {decoding(p)}" for p in ways), "tests passed %", "turns", "seconds"]
-    gaps = ("Points of success, on the same redrawn seeds and tasks.", ["difference", *map(decoding, ways)], lead)
-    return [(caption, [*header, "paper (8B, real ColBench)"], rows)] + [gaps] * bool(lead)
+    header = ["method", *(f"{figures[0]} %, {decoding(p)}" for p in ways), f"{figures[1]} %", "turns", "seconds"]
+    gaps = (f"Points of {figures[0]}, on the same redrawn seeds and tasks.", ["difference", *map(decoding, ways)], lead)
+    seconds = [[m, *("{:.1f} [{:.1f}, {:.1f}]".format(*interval(means[m, p][:, 1])) for p in ways)] for m in methods]
+    more = (f"The same, with intervals: {figures[1]} %.", [figures[1], *map(decoding, ways)], seconds)
+    return [(caption, [*header, "paper (8B, real ColBench)"], rows)] + [gaps] * bool(lead) + [more] * world.PAIRED
 
 
 def credit_tables(runs):
@@ -146,10 +151,10 @@ def credit_tables(runs):
     return [(caption, header, rows)] if rows else []
 
 
-def results_table(runs):
+def results_table(runs, world=backend):
     """The results of one run or of several seeds as Markdown, padded so that it reads well in a terminal too."""
     runs, text = [Path(root) for root in runs], []
-    for caption, header, rows in results_tables(runs) + credit_tables(runs):
+    for caption, header, rows in results_tables(runs, world) + credit_tables(runs):
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
         lines = [header, ["-" * width for width in widths], *rows]
         text += ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines] + ["", caption, ""]
@@ -266,25 +271,11 @@ def advantages_of(root, records):
     return turn_advantages(sums_BK, ref_BK, lengths_BK, settings.get("critic.normalize", "turn")).tolist()
 
 
-def tests_of(record):
-    """{call: passed} of an answer: each test graded as a task of its own."""
-    task = Task.from_record(record["task"])
-    single = [Task(task.problem_description, task.ground_truth, {"test": call}) for call in task.test_cases.values()]
-    return dict(zip(task.test_cases.values(), grade([record["answer"]] * len(single), single)))
-
-
-def program(title, text, other):
-    """A program under a title, the lines that the other one lacks marked."""
-    theirs = {line.strip() for line in other.splitlines()}
-    rows = [escape(row) if row.strip() in theirs else f"<mark>{escape(row)}</mark>" for row in text.splitlines()]
-    return f"<h4>{title}</h4><pre>{'<br>'.join(rows)}</pre>"
-
-
-def show(record, advantages, scale):
-    """One dialogue: turns on the left; reference, answer and tests on the right."""
-    task, turns = record["task"], [f"<div><i>human</i>{escape(record['task']['problem_description'])}</div>"]
+def show(record, advantages, scale, world):
+    """One dialogue: turns on the left; what the world has to show of it on the right."""
+    turns = [f"<div><i>human</i>{escape(record['task']['problem_description'])}</div>"]
     for i, message in enumerate(record["dialogue_history"][1:], 1):
-        text, who, style, number = escape(message["content"]), "human", "", ""
+        text, who, style, number = escape(world.brief(message["content"])), "human", "", ""
         if message["role"] == "assistant":
             who, value = f"turn {i // 2 + 1}", advantages[i // 2] if advantages else 0.0
             style = f" class='{'up' if value >= 0 else 'down'}' style='--a:{min(1, abs(value) / scale):.2f}'"
@@ -292,26 +283,22 @@ def show(record, advantages, scale):
             before, marker, _ = text.partition(ANSWER_MARKER)
             text = f"{before}{marker} <i>as shown</i>" if marker else text
         turns.append(f"<div{style}>{number}<i>{who}</i>{text}</div>")
-    tests = tests_of(record)
-    calls = "".join(f"<li>{'✓' if ok else '✗'} {escape(call)}" for call, ok in tests.items())
-    return f"""<article><h3>{escape(record["method"])}: {"success" if record["reward"] == 1 else "failure"}</h3>
-        <section>{"".join(turns)}</section><aside>{program("reference", task["ground_truth"], record["answer"])}
-        {program("answer", record["answer"], task["ground_truth"])}<details><summary>passes {sum(tests.values()):.0f} of
-        {len(tests)} tests</summary><ul>{calls}</ul></details></aside></article>"""
+    return f"""<article><h3>{escape(record["method"])}: {world.verdict(record)}</h3><section>{"".join(turns)}</section>
+        <aside>{world.evidence(record)}</aside></article>"""
 
 
-def dialogues_section(root, n):
+def dialogues_section(root, n, world):
     records, base = choose(evaluations(root), n)
     if not records:
         return absent("SWEET's part of eval.jsonl", "eval")
     records[1:1] = [base] if base else []
     advantages = advantages_of(root, records)
     scale = np.percentile([abs(a) for row in advantages for a in row if a] or [1.0], 90)
-    shown = [show(record, row, scale) for record, row in zip(records, advantages)]
+    shown = [show(record, row, scale, world) for record, row in zip(records, advantages)]
     pair = f"<div class=pair>{shown.pop(0)}{shown.pop(0)}</div>" if base else ""
     note = f"""<p>The number on a turn is its advantage. Blue: the critic finds the turn more likely than the initial
-        policy does; orange: less (full colour from {scale:.2f} nats a token). Underlined: a line that reference or
-        answer lacks. The agent never sees the reference.</p>"""
+        policy does; orange: less (full colour from {scale:.2f} nats a token). {world.LEGEND} The agent never sees the
+        reference.</p>"""
     gone = "" if any(advantages) else absent("critic/ or the initial policy, for the advantages,", "critic")
     return f"{note}{gone}{pair}{''.join(shown)}"
 
@@ -319,13 +306,15 @@ def dialogues_section(root, n):
 # ------------------------------------------------------------------ the page
 
 PAGE = Template("""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
-<meta http-equiv=Content-Security-Policy content="default-src 'none';style-src 'unsafe-inline'"><title>$name</title>
+<meta http-equiv=Content-Security-Policy content="default-src 'none';style-src 'unsafe-inline';img-src data:">
+<title>$name</title>
 <style>:root{color-scheme:light dark;--up:35 120 190;--down:224 120 25;--soft:color-mix(in srgb,canvastext 64%,canvas);
 --rule:color-mix(in srgb,canvastext 13%,canvas)}@media(prefers-color-scheme:dark){:root{--up:95 170 235;
 --down:240 150 60}}body{margin:auto;padding:3rem 1.2rem 6rem;max-width:66rem;font:16px/1.6 system-ui,sans-serif}
 figure{margin:0;font-size:.88rem}h1,h2{font-family:Georgia,serif;line-height:1.2;margin:4.5rem 0 1rem}h1{margin:0}
 h3{font-size:1rem;grid-column:1/-1}h4,p,i,text,tr:first-child{color:var(--soft);fill:var(--soft);font-weight:400}
 h4{margin:.8rem 0 .2rem}b{float:right}p{max-width:44rem;font-size:.92rem}i{font:.78rem sans-serif;margin-right:.7rem}
+img{width:calc(50% - 4px);margin:0 2px;outline:1px solid var(--rule)}
 table,pre,ul{display:block;overflow:auto}table{border-collapse:collapse;margin-top:2rem;font-size:.88rem}
 b,td{font-variant-numeric:tabular-nums}.up{--hue:var(--up)}td{padding:.4rem 1.5rem .4rem 0;
 border-bottom:1px solid var(--rule);white-space:nowrap}.down{--hue:var(--down)}svg{width:100%;overflow:visible}
@@ -340,20 +329,20 @@ pre,ul{margin:0;padding:0}section div{padding:.45rem .8rem;margin-bottom:.4rem;w
 overflow-wrap:anywhere;border-left:4px solid rgb(var(--hue)/calc(.15 + var(--a)*.85));
 background:rgb(var(--hue)/calc(var(--a)*.32))}b{margin-left:1rem}pre,li,code{font:.8rem/1.5 ui-monospace,monospace}
 li{white-space:nowrap;list-style:none}mark{color:inherit;background:none;border-bottom:solid rgb(var(--down))}</style>
-<h1>What this run learned</h1><p>Run $name. An agent asks a person what they want, then writes a function. SWEET trains
+<h1>What this run learned</h1><p>Run $name. An agent asks a person what they want, then answers. SWEET trains
 a critic that reads the solution to judge every turn, and the agent, who does not, to prefer what the critic does.</p>
 $sections<h2>Settings</h2><details><summary>settings of this run</summary><pre>$settings</pre></details></html>
 """)
 
 
-def write(root, out, dialogues=8):
-    """Write the page about the run in `root` to the file `out`, whole or not at all."""
+def write(root, out, dialogues=8, world=backend):
+    """Write the page about the run in `root` (on tasks of `world`) to the file `out`, whole or not at all."""
     root = Path(root)
     sections = {
-        "Results": html_tables(results_tables([root])) or absent("eval.jsonl", "eval"),
+        "Results": html_tables(results_tables([root], world)) or absent("eval.jsonl", "eval"),
         "Is the critic right?": html_tables(credit_tables([root])) or absent("credit.json", "credit"),
         "Training": training(root),
-        "Dialogues on held-out tasks": dialogues_section(root, dialogues),
+        "Dialogues on held-out tasks": dialogues_section(root, dialogues, world),
     }
     settings = {k: v for path in sorted(root.glob("settings/*.json")) for k, v in read_json(path).items()}
     text = escape("\n".join(f"{name} = {value}" for name, value in sorted(settings.items())))

@@ -107,18 +107,19 @@ class ModelHuman(Human):
 
 
 class EndpointHuman(Human):
-    """A model behind an OpenAI-compatible server (`kernels.endpoint`); a refusal to speak counts as no preference."""
+    """A model behind an OpenAI-compatible server (`kernels.endpoint`); a refusal to speak counts as `silence`."""
+    silence, conversation = NO_PREFERENCE, staticmethod(prompt_for)  # what it is told, of a task and a dialogue
 
     def __init__(self, url, cfg):
         self.url, self.endpoint = url, Endpoint(url, cfg)
 
     def reply(self, tasks, dialogues):
-        replies = self.endpoint.complete([prompt_for(task, dialogue) for task, dialogue in zip(tasks, dialogues)])
+        replies = self.endpoint.complete([self.conversation(*pair) for pair in zip(tasks, dialogues)])
         if "" in replies:
-            print(f"note: {replies.count('')} replies were empty or refused: {NO_PREFERENCE!r} stands for them")
+            print(f"note: {replies.count('')} replies were empty or refused: {self.silence!r} stands for them")
         if None in replies:
             print(f"note: {self.url} does not reply any more: {self.endpoint.gone}", file=sys.stderr)
-        return [text if text is None else cut(text, task) or NO_PREFERENCE for text, task in zip(replies, tasks)]
+        return [text if text is None else cut(text, task) or self.silence for text, task in zip(replies, tasks)]
 
 
 def make_human(spec, respond=None, seed=0, cfg=None, machine=None):

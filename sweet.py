@@ -46,13 +46,13 @@ from tqdm import tqdm
 import actor
 import critic
 import report
-from env import ANSWER_MARKER, DialogueEnv, InputError, JsonlWriter, Task
-from env import grade, load_tasks, read_jsonl, read_trajectories, render, write_groups, write_json
+from env import ANSWER_MARKER, DialogueEnv, InputError, JsonlWriter
+from env import load_tasks, read_jsonl, read_trajectories, render, write_groups, write_json
 from kernels.endpoint import Server
-from kernels.fit import ONE_GPU, Given, Machine, arg, load_model, save_to
+from kernels.fit import ONE_GPU, SMOKE, Given, Machine, arg, load_model, save_to
 from kernels.logprob import use_plain_path
-from simulator import ConsoleHuman, make_human
-from worlds import backend as world
+from simulator import ConsoleHuman
+from worlds import backend, frontend
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,10 @@ class Credit:
     monte_carlo_rollouts: int = arg(24, "dialogues played on from each candidate")
 
 
-GROUPS = {"given": Given, "machine": Machine, "human": Server, "base": world.Base, "rollout": actor.Rollout,
+GROUPS = {"given": Given, "machine": Machine, "human": Server, "base": backend.Base, "rollout": actor.Rollout,
           "pairs": critic.Pairs, "critic": critic.Critic, "candidates": actor.Candidates, "actor": actor.Actor,
           "rft": actor.Rft, "multiturn": actor.Multiturn, "eval": Eval, "credit": Credit}
-SMOKE = {"base": {"documents": 7000, "epochs": 1}, "rollout": {"tasks": 60}, "critic": {"epochs": 1},
-         "candidates": {"states": 60, "n": 8}, "actor": {"epochs": 1}, "rft": {"epochs": 1}, "multiturn": {"epochs": 1},
-         "eval": {"tasks": 40}, "credit": {"states": 30, "monte_carlo_states": 4, "monte_carlo_rollouts": 8}}
+WORLDS = {"backend": backend, "frontend": frontend}
 METHODS = {"base": "base", "rft": "RFT", "multiturn": "multi-turn DPO", "actor": "SWEET"}
 
 
@@ -89,6 +87,9 @@ class Run:
     def __init__(self, options, settings):
         self.options, self.settings, self.seed = options, settings, options.seed
         self.root, self.given, self.machine = Path(options.run), settings["given"], settings["machine"]
+        self.world = WORLDS[options.task]
+        self.grade = self.world.grader(self.given.clip, settings["rollout"].call_seconds)
+        self.rules = {"grade": self.grade, "instructions": self.world.INSTRUCTIONS}
         self.variant = self.root if settings["critic"].reference else self.root / "no-reference"
 
     def path(self, name):
@@ -101,7 +102,8 @@ class Run:
 
     def claim(self, stage):
         """Refuse to mix: compare the settings that `stage` stands on with those its files were begun with."""
-        mine = {"seed": self.seed, **{key: getattr(self.machine, key) for key in ("dtype", "attention", "lora")}}
+        mine = {"task": self.options.task, "seed": self.seed,
+                **{key: getattr(self.machine, key) for key in ("dtype", "attention", "lora")}}
         for name in STAGES[stage].needs:
             group, _, one = name.partition(".")
             values = dataclasses.asdict(self.settings[group])
@@ -123,10 +125,10 @@ class Run:
         return load_model(path, self.machine, train, self.seed)
 
     def human(self):
-        return make_human(self.given.human, world.respond, self.seed, self.settings["human"], self.machine)
+        return self.world.human(self.given.human, self.settings["human"], self.machine, self.seed)
 
     def tasks(self, file, n, split):
-        return load_tasks(file) if file else world.make_tasks(n, self.seed, split)
+        return load_tasks(file) if file else self.world.make_tasks(n, self.seed, split)
 
     def held_out(self):
         return self.tasks(self.given.heldout, self.settings["eval"].tasks, self.settings["eval"].split)
@@ -142,8 +144,9 @@ class Run:
 
 def stage_base(run):
     cfg = run.settings["base"]
-    model, tokenizer = world.new_model(cfg, run.seed)
-    views = [render(tokenizer, messages, reference) for messages, reference in world.documents(cfg.documents, run.seed)]
+    model, tokenizer = run.world.new_model(cfg, run.seed)
+    documents = run.world.documents(cfg.documents, run.seed)
+    views = [render(tokenizer, messages, reference) for messages, reference in documents]
     actor.train_imitation(model, views, run.path("base"), cfg, run.seed, save_to(model, tokenizer), "base")
 
 
@@ -155,7 +158,8 @@ def stage_rollout(run):
 
     def group(part, _):
         return actor.play_tasks(model, tokenizer, [tasks[i] for i, _ in part], human,
-                                [(run.seed, "rollout", *key) for key in part], cfg, temperature=cfg.temperature)
+                                [(run.seed, "rollout", *key) for key in part], cfg, temperature=cfg.temperature,
+                                **run.rules)
     write_groups(run.path("trajectories.jsonl"), [(i, k) for i in range(len(tasks)) for k in range(cfg.per_task)],
                  run.machine.rows, group, "rollout")
 
@@ -238,7 +242,7 @@ def stage_actor(run):
 
 def stage_rft(run):
     model, tokenizer = run.model("base", train=True)
-    views = [render(tokenizer, t["dialogue_history"]) for t in run.trajectories() if t["reward"] == 1.0]
+    views = [render(tokenizer, t["dialogue_history"]) for t in run.world.successes(run.trajectories())]
     if not views:
         raise InputError(f"{run.path('trajectories.jsonl')}: no successful dialogue to imitate; roll out more of them "
                          "(--rollout-per-task), or start from a better --model")
@@ -266,7 +270,8 @@ def stage_eval(run):
             loaded.clear()
             loaded[method] = run.model(method)
         played = actor.play_tasks(*loaded[method], [tasks[i] for _, _, i in part], run.human(),
-                                  [(run.seed, "eval", i) for _, _, i in part], run.settings["rollout"], top_p=top_p)
+                                  [(run.seed, "eval", i) for _, _, i in part], run.settings["rollout"], top_p=top_p,
+                                  **run.rules)
         return [{"method": names[method], "top_p": top_p, **t, "dialogue_history": actor.bare(t["dialogue_history"])}
                 for t in played]
     write_groups(run.path("eval.jsonl"), todo, len(tasks), group, "eval")
@@ -278,7 +283,7 @@ def stage_credit(run):
     model, tokenizer = run.model("base")
     states = []
     keys = [(run.seed, "credit", i) for i in range(len(tasks))]
-    for trajectory in actor.play_tasks(model, tokenizer, tasks, human, keys, play):
+    for trajectory in actor.play_tasks(model, tokenizer, tasks, human, keys, play, **run.rules):
         turns = range(1, len(trajectory["dialogue_history"]), 2)
         turn = turns[-1] if len(states) % 2 else rng.choice(turns)  # half of them where answers are given
         states.append({"task": trajectory["task"], "messages": actor.bare(trajectory["dialogue_history"][:turn])})
@@ -286,23 +291,15 @@ def stage_credit(run):
     actor.sample_candidates(model, tokenizer, states, keys, run.settings["candidates"].n, play.max_tokens)
     critic.score_reference(model, tokenizer, states)
     valued = states[:cfg.monte_carlo_states]
-    actor.play_on(model, tokenizer, valued, human, cfg.monte_carlo_rollouts, play, run.seed)
+    actor.play_on(model, tokenizer, valued, human, cfg.monte_carlo_rollouts, play, run.seed, run.grade)
     critic.rank(*run.model("critic"), states, run.settings["critic"])
-    answers = []
-    for state in states:
-        task = Task.from_record(state["task"])
-        for c in state["candidates"]:
-            c["kind"], c["good"] = world.judge(task, state["messages"], c["content"])
-            if c["kind"] == "answer":
-                answers.append((c, c["content"].split(ANSWER_MARKER, 1)[1], task))
-    for (c, _, _), reward in zip(answers, grade([text for _, text, _ in answers], [task for _, _, task in answers])):
-        c["good"] = reward == 1.0
+    critic.label(states, run.world.judge, run.grade)
     write_json(run.path("credit.json"), {**critic.agreement_with_labels(states),
                                          "monte_carlo": critic.agreement_with_monte_carlo(valued)})
 
 
 def stage_report(run):
-    report.write(run.root, run.path("report.html"))
+    report.write(run.root, run.path("report.html"), world=run.world)
 
 
 @dataclass(frozen=True)
@@ -322,7 +319,7 @@ class Stage:
 STAGES = {
     "base": Stage(stage_base, "base", (), ("base", "given.model")),
     "rollout": Stage(stage_rollout, "trajectories.jsonl", ("base",),
-                     ("rollout", "given.tasks", "given.human", "given.trajectories")),
+                     ("rollout", "given.tasks", "given.human", "given.clip", "given.trajectories")),
     "critic": Stage(stage_critic, "critic", ("rollout",), ("pairs", "critic")),
     "samples": Stage(stage_samples, "samples.jsonl", ("rollout",), ("candidates", "given.candidates")),
     "candidates": Stage(stage_candidates, "candidates.jsonl", ("samples", "critic")),
@@ -360,13 +357,14 @@ def run_stage(run, name):
 def play(run):
     """You are the human: talk with the trained agent, then see its answer graded and its turns judged by the critic."""
     task, cfg = random.Random(time.time_ns()).choice(run.held_out()), run.settings["rollout"]
-    env = DialogueEnv(cfg.max_turns)
+    env = DialogueEnv(cfg.max_turns, run.world.INSTRUCTIONS)
     env.reset(task)
     print(f"You asked for this:\n\n    {task.problem_description}\n")
     print(f"What you have in mind, and the agent cannot see:\n\n{task.ground_truth}")
     actor.play_out(*run.model("actor"), [env], ConsoleHuman(), ["play"], top_p=run.settings["eval"].top_p,
                    max_tokens=cfg.max_tokens)
-    print(f"\nagent: {env.messages[-1]['content']}\n\nTests passed: {grade([env.answer], [task])[0]:.0%}")
+    print(f"\nagent: {env.messages[-1]['content']}\n\n{run.world.REWARD}: "
+          f"{run.grade([env.answer], [task])[0]:.0%}")
     print("\nThe critic's advantage of each turn, in nats a token (0: like the initial policy's average turn):")
     trajectory = {"task": task.to_record(), "dialogue_history": env.messages}
     for k, advantage in enumerate(critic.judge_turns(run.model("critic"), run.model("base")[0], trajectory,
@@ -388,7 +386,7 @@ def table(argv, options):
     Path(options.run).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         list(tqdm(pool.map(one, seeds), total=len(seeds), desc="seeds"))
-    text = report.results_table(list(runs.values()))
+    text = report.results_table(list(runs.values()), WORLDS[options.task])
     print(text)
     (Path(options.run) / "table.md").write_text(text, encoding="utf-8")
 
@@ -400,6 +398,7 @@ def parser():
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                   allow_abbrev=False)
     top.add_argument("stage", nargs="?", default="all", choices=["all", *STAGES, "play", "table"], metavar="STAGE")
+    top.add_argument("--task", choices=list(WORLDS), default="backend", help="what to collaborate on (default backend)")
     top.add_argument("--run", default="runs/default", help="folder of the run (default runs/default or runs/smoke)")
     top.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
     top.add_argument("--smoke", action="store_true", help="everything in miniature")
@@ -425,9 +424,11 @@ def settings_of(options):
     """The hyper-parameters: flags over --smoke over --preset over the defaults."""
     settings = {}
     for group, kind in GROUPS.items():
-        fields, values = dataclasses.fields(kind), ONE_GPU.get(group, {}) if options.preset == "one-gpu" else {}
+        fields, values = dataclasses.fields(kind), dict(WORLDS[options.task].DEFAULTS.get(group, {}))
+        if options.preset == "one-gpu":
+            values |= ONE_GPU.get(group, {})
         if options.preset == "paper":
-            values = {f.name: f.metadata["paper"] for f in fields if f.metadata["paper"] is not None}
+            values |= {f.name: f.metadata["paper"] for f in fields if f.metadata["paper"] is not None}
         flags = {f.name: getattr(options, f"{group}.{f.name}") for f in fields}
         flags = {name: value for name, value in flags.items() if value is not None}
         settings[group] = kind(**{**values, **(SMOKE.get(group, {}) if options.smoke else {}), **flags})
@@ -444,7 +445,7 @@ def main(argv=None):
     run = Run(options, settings_of(options))
     try:
         for file in filter(None, (run.given.tasks, run.given.heldout)):
-            load_tasks(file, optional=())  # bad input is known before any long work starts
+            load_tasks(file, run.world.OPTIONAL)  # bad input is known before any long work starts
         if options.stage == "table":
             return table([a for a in argv if a != "table"], options)
         if options.stage == "play":
@@ -452,7 +453,7 @@ def main(argv=None):
         run.variant.mkdir(parents=True, exist_ok=True)
         run_stage(run, "report" if options.stage == "all" else options.stage)
         if options.stage in ("all", "report"):
-            print(f"\n{report.results_table([run.root])}\nreport: {run.path('report.html')}")
+            print(f"\n{report.results_table([run.root], run.world)}\nreport: {run.path('report.html')}")
     except InputError as error:
         sys.exit(f"sweet: {error}")
     except Exception as error:  # a disk can fill up in any library, each with an exception of its own

@@ -39,6 +39,7 @@ class Given:
                             flag="trajectories")
     candidates: str = arg("", "states with candidate turns sampled elsewhere: a line {task, messages, candidates} each",
                           flag="candidates")
+    clip: str = arg("", "frontend: grade by the cosine of this CLIP model ('': by matched boxes)", flag="clip")
     human: str = arg("scripted", "scripted | me | URL | module:Class | a model's directory or name", flag="human")
 
 
@@ -56,6 +57,11 @@ class Machine:
                            flag="micro-batch")
     rows: int = arg(512, "dialogues that are sampled side by side", flag="rows")
 
+
+# --smoke: everything in miniature, to see that it runs.
+SMOKE = {"base": {"documents": 7000, "epochs": 1}, "rollout": {"tasks": 60}, "critic": {"epochs": 1},
+         "candidates": {"states": 60, "n": 8}, "actor": {"epochs": 1}, "rft": {"epochs": 1}, "multiturn": {"epochs": 1},
+         "eval": {"tasks": 40}, "credit": {"states": 30, "monte_carlo_states": 4, "monte_carlo_rollouts": 8}}
 
 # --preset one-gpu: real models at a small scale, with adapters. Memory and time: docs/memory.md. Not tuned.
 ONE_GPU = {

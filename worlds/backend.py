@@ -18,13 +18,23 @@ sees the reference.
 
 Exercised by `python -m pytest tests/test_world.py`; `python sweet.py base` trains the base policy (about a minute).
 """
+import functools
 import random
 from dataclasses import dataclass
+from html import escape
 
-from env import ANSWER_MARKER, INSTRUCTIONS, REFERENCE_PREFIX, Task
+from env import ANSWER_MARKER, INSTRUCTIONS, REFERENCE_PREFIX, Task, grade
 from kernels.fit import arg
+from simulator import make_human
 
 MAX_TURNS = 4
+DEFAULTS = {}           # this world's settings are the defaults everywhere
+REWARD = "Tests passed"
+OPTIONAL = ()           # fields that a task file may lack
+PAIRED = False          # the second figure of the results is not against the base policy
+LEGEND = "Underlined: a line that reference or answer lacks."
+PAPER = dict(zip(("base", "RFT", "multi-turn DPO", "SWEET", "SWEET without c"),
+                 ("22.4", "28.2", "34.4", "40.4", "31.2")))  # Tables 2 and 3
 RELEVANT = 3            # steps that matter to a topic
 P_REVEALED = 0.35      # a step that matters is named in the request with this probability
 VALUE_WEIGHTS = (0.55, 0.15, 0.15, 0.15)
@@ -139,7 +149,22 @@ def _test_cases(rng, topic):
     return {f"test{k}": f"tidy_{topic}({row + rng.choices(row, k=3)})" for k, row in enumerate(inputs, 1)}
 
 
+def grader(clip, call_seconds):
+    """grade(answers, tasks) -> rewards."""
+    return functools.partial(grade, call_seconds=call_seconds)
+
+
+def successes(trajectories):
+    """What RFT imitates."""
+    return [t for t in trajectories if t["reward"] == 1.0]
+
+
 # ------------------------------------------------------------------ the human
+
+def human(spec, server, machine, seed):
+    """The human that `--human` names."""
+    return make_human(spec, respond, seed, server, machine)
+
 
 def asked_step(question):
     """The step that a question asks about, or None."""
@@ -191,14 +216,15 @@ def phrases():
     return list(dict.fromkeys(text for text in texts if text))
 
 
-def make_tokenizer():
-    """Unigram over the world's phrases (fewest tokens win), with letters and bytes below them so that any text can be
-    encoded."""
+def make_tokenizer(texts=None):
+    """Unigram over a world's phrases (this one's; fewest tokens win), with letters and bytes below them so that any
+    text can be encoded."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
+    texts = texts or phrases()
     vocab = [("<unk>", -1000.0)] + [(f"<0x{byte:02X}>", -1000.0) for byte in range(256)]
-    vocab += [(chr(code), -20.0) for code in range(32, 127) if chr(code) not in phrases()]
-    core = Tokenizer(models.Unigram(vocab + [(text, -1.0) for text in phrases()], unk_id=0, byte_fallback=True))
+    vocab += [(chr(code), -20.0) for code in range(32, 127) if chr(code) not in texts]
+    core = Tokenizer(models.Unigram(vocab + [(text, -1.0) for text in texts], unk_id=0, byte_fallback=True))
     core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>", unk_token="<unk>",
@@ -220,11 +246,11 @@ class Base:
     layers: int = arg(2, "layers of the model")
 
 
-def new_model(cfg, seed):
-    """A tiny untrained Llama and its tokenizer."""
+def new_model(cfg, seed, tokenizer=None):
+    """A tiny untrained Llama and its tokenizer (this world's, or another's)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    tokenizer = make_tokenizer()
+    tokenizer = tokenizer or make_tokenizer()
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=cfg.hidden, intermediate_size=2 * cfg.hidden,
@@ -276,3 +302,43 @@ def _demonstrate(rng, topic, values, dialogue, turn, reads):
         guesses = {s: rng.choices(range(4), VALUE_WEIGHTS)[0] for s in open_steps if rng.random() < 0.1}
         chosen = {**known, **guesses}
     return f"{ANSWER_MARKER}\n{write_function(topic, chosen)}"
+
+
+# ------------------------------------------------------------------ in the report
+
+def headers(settings):
+    """What the two figures of `figures` are called."""
+    return "success", "tests passed"
+
+
+def figures(record, base):
+    """Two figures of an evaluated dialogue, in %: success, and the share of tests passed. base: the base policy's on
+    the same task."""
+    return 100 * (record["reward"] == 1), 100 * record["reward"]
+
+
+def verdict(record):
+    return "success" if record["reward"] == 1 else "failure"
+
+
+def brief(text):
+    """A message as the dialogue shows it."""
+    return text
+
+
+def _program(title, text, other):
+    """A program under a title, the lines that the other one lacks marked."""
+    theirs = {line.strip() for line in other.splitlines()}
+    rows = [escape(row) if row.strip() in theirs else f"<mark>{escape(row)}</mark>" for row in text.splitlines()]
+    return f"<h4>{title}</h4><pre>{'<br>'.join(rows)}</pre>"
+
+
+def evidence(record):
+    """Reference, answer, and which tests the answer passes, each test graded as a task of its own."""
+    task = Task.from_record(record["task"])
+    single = [Task(task.problem_description, task.ground_truth, {"test": call}) for call in task.test_cases.values()]
+    passed = grade([record["answer"]] * len(single), single)
+    calls = "".join(f"<li>{'✓' if ok else '✗'} {escape(c)}" for c, ok in zip(task.test_cases.values(), passed))
+    return f"""{_program("reference", task.ground_truth, record["answer"])}
+        {_program("answer", record["answer"], task.ground_truth)}<details><summary>passes {sum(passed):.0f} of
+        {len(passed)} tests</summary><ul>{calls}</ul></details>"""

@@ -1,0 +1,298 @@
+"""The frontend: an agent designs a web page, a person looks at each draft and says what is different from the page
+that they have in mind, and the reward is how much the final page looks like it.
+
+In each turn but the last the agent shows a page, and the human, who sees both pages drawn and no source, names the most
+outstanding difference in plain words ("The header should be red, not blue."). `EndpointPageHuman` asks a model
+that can see (both screenshots, as data URLs); the scripted human compares boxes. The reward is in [0, 1] without a
+line between success and failure, so trajectories are paired when their rewards differ by .1 (as in the paper), and RFT
+imitates the best dialogues of each task.
+
+The small world has pages of six slots: background, header, navigation bar, hero, columns, footer. A request names a
+topic and now and then a slot. Three slots follow from the topic (its house style), which nobody tells the agent: a
+blind first guess costs corrections, of which there are only two (two drafts, one difference each). So
+
+- a dialogue needs credit: a draft that forgets a correction, changes what was right, or an answer without a second
+  draft, spoils an otherwise good dialogue, and the end alone does not say which;
+- the reference tells at once how good a draft is; without it, that has to be learned topic by topic from the rewards.
+
+The base policy imitates a demonstrator who is blind to topics, forgets, redraws what was right, and answers early. As
+in worlds/backend.py, half of its documents carry the reference in front, and there pages lean towards it.
+
+Exercised by `python -m pytest tests/test_frontend.py`; `python sweet.py --task frontend` runs everything.
+"""
+import base64
+import functools
+import random
+import re
+
+from env import ANSWER_MARKER, REFERENCE_PREFIX, InputError, Task
+from simulator import EndpointHuman, Human, make_human
+from worlds import backend
+from worlds.browser import render_pages
+from worlds.pages import COLOUR_WORDS, PAPER, brief, clip_similarity, differences, evidence, figures, headers
+from worlds.pages import page_source, similarity, verdict
+
+INSTRUCTIONS = (
+    "You are designing a web page for a person who has described it only roughly. In each of your turns, show a "
+    "complete page as HTML; the person looks at it and says what should be different. Once it is right, write \""
+    + ANSWER_MARKER + "\" followed by the final page. You have {max_turns} turns at most, and the answer takes one of "
+    "them.\n\n")
+MAX_TURNS = 3
+REWARD, PAIRED, OPTIONAL = "Similarity", True, ("test_cases",)
+LEGEND = "Pictures: the draft of each round on the left, the reference on the right."
+REPORT = (PAPER, headers, figures, verdict, brief, evidence)  # what report.py asks of a world
+NAMED = 1               # differences that the scripted human names in one reply
+DEFAULTS = {"base": {"documents": 9000}, "rollout": {"max_turns": MAX_TURNS, "max_tokens": 24},
+            "pairs": {"margin": 0.1}, "candidates": {"states": 640}, "actor": {"epochs": 2}, "eval": {"tasks": 150},
+            "credit": {"states": 100, "monte_carlo_states": 6, "monte_carlo_rollouts": 16}}
+
+
+# ------------------------------------------------------------------ the reward
+
+@functools.lru_cache(maxsize=100_000)
+def _similarity(answer, reference, clip):
+    one, other = render_pages([answer, reference], pictures=bool(clip))
+    if not clip or not one.boxes or not other.boxes:
+        return similarity(one, other)
+    return clip_similarity(one, other, clip)
+
+
+def grade(answers, tasks, clip=None):
+    """The reward of each answer: how much its page looks like the task's reference, 0 (nothing to see) to 1 (alike).
+    clip: a model whose cosine is used in the place of boxes and colours."""
+    pairs = [(page_source(answer), task.ground_truth) for answer, task in zip(answers, tasks)]
+    if not clip:
+        render_pages([source for pair in pairs for source in pair])  # all at once: two workers
+    return [_similarity(*pair, clip) for pair in pairs]
+
+
+def grader(clip, call_seconds):
+    """grade(answers, tasks) -> rewards, by the measure that the command line names."""
+    return functools.partial(grade, clip=clip or None)
+
+
+def successes(trajectories):
+    """What RFT imitates: the best dialogues of each task."""
+    best, kept = {}, list(trajectories)
+    for t in kept:
+        key = (t["task"]["problem_description"], t["task"]["ground_truth"])
+        best[key] = max(best.get(key, 0.0), t["reward"])
+    return [t for t in kept if t["reward"] == best[t["task"]["problem_description"], t["task"]["ground_truth"]] > 0]
+
+
+# ------------------------------------------------------------------ the human
+
+RIGHT = "That is exactly what I have in mind."
+LOOK = ("A designer is making a web page for you. This is how the designer's page looks now:",
+        "And this is the page that you have in mind, which the designer cannot see:",
+        "Tell the designer, in one or two plain sentences, the one or two most outstanding differences: what should be "
+        "changed, and how. Write no HTML. If both look the same, say so.")
+NO_PAGE = "I cannot see a page yet, please show me one."
+
+
+@functools.lru_cache(maxsize=100_000)
+def _reply(draft, wish):
+    draft, wish = render_pages([draft, wish])
+    return " ".join(differences(draft, wish)[:NAMED]) or RIGHT if draft.boxes else NO_PAGE
+
+
+class PageHuman(Human):
+    """Looks at the draft and at the page in mind, both drawn, and names the most outstanding difference."""
+
+    def reply(self, tasks, dialogues):
+        drafts = [page_source(dialogue[-1]["content"]) for dialogue in dialogues]
+        wishes = [task.hidden_information for task in tasks]
+        render_pages(drafts + wishes)
+        return [_reply(draft, wish)[:1000] for draft, wish in zip(drafts, wishes)]
+
+
+class EndpointPageHuman(EndpointHuman):
+    """A model behind an OpenAI-compatible server that sees both screenshots (data URLs) and says what differs."""
+
+    silence = RIGHT
+
+    def reply(self, tasks, dialogues):
+        replies = [NO_PAGE] * len(tasks)
+        asked = [i for i, d in enumerate(dialogues) if render_pages([page_source(d[-1]["content"])], True)[0].boxes]
+        for i, text in zip(asked, super().reply([tasks[i] for i in asked], [dialogues[i] for i in asked])):
+            replies[i] = text
+        return replies
+
+    def conversation(self, task, dialogue):
+        pages = render_pages([page_source(dialogue[-1]["content"]), task.hidden_information], pictures=True)
+        draft_url, wish_url = ({"type": "image_url", "image_url": {
+            "url": "data:image/png;base64," + base64.b64encode(page.picture).decode()}} for page in pages)
+        words = [{"type": "text", "text": text} for text in LOOK]
+        return [{"role": "user", "content": [words[0], draft_url, words[1], wish_url, words[2]]}]
+
+
+def human(spec, server, machine, seed):
+    """The human that `--human` names: scripted | URL | module:Class. InputError for one who cannot see."""
+    if spec == "scripted":
+        return PageHuman()
+    if spec.startswith(("http://", "https://")):
+        return EndpointPageHuman(spec, server)
+    if ":" in spec:
+        return make_human(spec)
+    raise InputError(f"--human {spec}: a local language model cannot see pages; expected scripted, the URL "
+                     "of a model that can, or module:Class")
+
+
+# ------------------------------------------------------------------ the small world's tasks
+
+TOPICS = tuple("""bakery museum dentist florist brewery library zoo theatre gym hotel farm school cinema garage circus
+choir bank vineyard pharmacy airline casino castle harbour market""".split())
+OPENERS = ("Please design a web page for a ", "I need a page that presents our ", "We want a new web page for the ")
+HOUSE = 3        # slots of a topic's house style
+P_HOUSE = 0.9    # a task keeps to each of them with this probability
+P_SAID = 0.12    # a request names a slot with this probability
+CARDS = "".join(f"<div style='padding:70px;background:#4b505a;color:white'>{word}</div>" for word in ("A", "B", "C"))
+SLOTS = (  # what comes before the value; for each value: how it is written, how a request says it, words that tell it
+    ("<html><body style='display:flex;flex-direction:column;gap:12px;margin:0;font-family:sans-serif;background:", (
+        ("#ffffff'>", "The page background should be white.", "background should be white"),
+        ("#fef3b4'>", "The page background should be light yellow.", "background should be light yellow"),
+        ("#c8defa'>", "The page background should be light blue.", "background should be light blue"),
+        ("#949ba5'>", "The page background should be grey.", "background should be grey"))),
+    ("<header style='order:0;padding:24px;color:white;background:", (
+        ("#2563eb'>Our page</header>", "The header should be blue.", "header should be blue"),
+        ("#dc2626'>Our page</header>", "The header should be red.", "header should be red"),
+        ("#1e9646'>Our page</header>", "The header should be green.", "header should be green"),
+        ("#7e28cd'>Our page</header>", "The header should be purple.", "header should be purple"))),
+    ("<nav style='padding:14px;color:white;background:#4b505a;", (
+        ("order:1'>Offers</nav>", "The navigation bar should be at the top.", "bar (should be )?at the top"),
+        ("order:9'>Offers</nav>", "The navigation bar should be at the bottom.", "bar (should be )?at the bottom"),
+        ("display:none'></nav>", "There should be no navigation bar.", "no navigation bar"))),
+    ("<section style='order:2;text-align:center'>", (
+        ("<img width=1200 height=160 src=x></section>", "There should be a picture.", "a picture"),
+        ("<h1>Welcome</h1></section>", "There should be a heading.", "a heading"),
+        ("</section>", "There should be no picture.", "no (picture|heading)"))),
+    ("<main style='order:3;display:grid;gap:12px;padding:12px;grid-template-columns:repeat(", (
+        ("1,1fr)'>", "The boxes should stand one under the other.", "one under the other"),
+        ("2,1fr)'>", "The boxes should stand 2 side by side.", "2 side by side"),
+        ("3,1fr)'>", "The boxes should stand 3 side by side.", "3 side by side"))),
+    (f"{CARDS}</main><footer style='order:8;padding:20px;color:white;", (
+        ("background:#0a0a0f'>Bye</footer>", "The footer should be black.", "footer should be black|black footer"),
+        ("background:#148c8c'>Bye</footer>", "The footer should be teal.", "footer should be teal|teal footer"),
+        ("background:#f5821e'>Bye</footer>", "The footer should be orange.", "footer should be orange|orange footer"),
+        ("display:none'></footer>", "There should be no footer.", "no footer"))),
+)
+END = "</body></html>"
+
+
+def _house_styles():
+    """For each topic, {slot: value} of its house style. A fact of the world, the same for every seed."""
+    rng = random.Random("house styles")
+    return {topic: {slot: rng.randrange(len(SLOTS[slot][1])) for slot in sorted(rng.sample(range(len(SLOTS)), HOUSE))}
+            for topic in TOPICS}
+
+
+HOUSE_STYLES = _house_styles()
+
+
+def write_page(values):
+    """Source of the page with these values, one a slot."""
+    return "".join(before + options[value][0] for (before, options), value in zip(SLOTS, values)) + END
+
+
+def read_page(source):
+    """The values of a page of this world, or None for any other."""
+    found = [next((v for v, (written, *_) in enumerate(options) if before + written in source), None)
+             for before, options in SLOTS]
+    return None if None in found or write_page(found) != source.strip() else tuple(found)
+
+
+def known_values(dialogue):
+    """{slot: value} of everything that the human has said so far, the last word on each."""
+    known = {}
+    for message in dialogue[::2]:
+        for slot, (_, options) in enumerate(SLOTS):
+            said = [v for v, (*_, words) in enumerate(options) if re.search(words, message["content"])]
+            known |= {slot: said[0]} if said else {}
+    return known
+
+
+def guess(rng):
+    return [rng.randrange(len(options)) for _, options in SLOTS]
+
+
+def make_tasks(n, seed, split="train"):
+    """n different tasks of a split (disjoint whatever the seed) as ColBench records. ValueError if there are fewer."""
+    rng, tasks = random.Random(f"pages {seed} {split}"), {}
+    for _ in range(1000 * n):
+        topic, values = rng.choice(TOPICS), guess(rng)
+        for slot, value in HOUSE_STYLES[topic].items():
+            values[slot] = value if rng.random() < P_HOUSE else values[slot]
+        said = "".join(f" {SLOTS[s][1][v][1]}" for s, v in enumerate(values) if rng.random() < P_SAID)
+        draw, opener = random.Random(f"split {topic} {values}").random(), rng.choice(OPENERS)
+        if split == ("train" if draw < 0.5 else "dev" if draw < 0.7 else "test"):
+            tasks.setdefault((topic, *values), Task(f"{opener}{topic}.{said}", write_page(values)))
+        if len(tasks) == n:
+            return list(tasks.values())
+    raise ValueError(f"the {split} split holds fewer than {n} different tasks")
+
+
+def judge(task, dialogue, action):
+    """What the world knows about a turn: (kind, good). A draft (kind question) is good when at most two slots are
+    wrong, as many as two replies can name; an answer when it is the reference."""
+    values, wish = read_page(page_source(action)), read_page(task.ground_truth)
+    wrong = sum(a != b for a, b in zip(values, wish)) if values and wish else len(SLOTS)
+    if ANSWER_MARKER in action:
+        return "answer", wrong == 0
+    return ("question" if page_source(action) else "other"), wrong <= 2
+
+
+# ------------------------------------------------------------------ the base policy
+
+def phrases():
+    """Every phrase of the world: one token each, so that a page is 13 tokens."""
+    texts = [INSTRUCTIONS.replace("{max_turns}", str(MAX_TURNS)), *REFERENCE_PREFIX.split("{reference}"), ANSWER_MARKER,
+             "\n", END, *TOPICS, *OPENERS, ".", " ", ", not ", RIGHT, NO_PAGE, "There should be a ",
+             "There should be no ", "The page background should be ", "The header should be ", "The footer should be ",
+             "The navigation bar should be ", "The boxes should stand ", "navigation bar", "picture", "heading",
+             "heading \"Welcome\"", "footer",
+             " at the top", " in the middle", " at the bottom", "at the top", "in the middle", "at the bottom",
+             "one under the other", "2 side by side", "3 side by side", *COLOUR_WORDS]
+    for before, options in SLOTS:
+        texts += [before, *(written for written, *_ in options)]
+    return list(dict.fromkeys(texts))
+
+
+def new_model(cfg, seed):
+    """A tiny untrained Llama, as in worlds/backend.py, with a tokenizer of this world's phrases."""
+    return backend.new_model(cfg, seed, backend.make_tokenizer(phrases()))
+
+
+def documents(n, seed):
+    """Dialogues of the demonstrator: a list of (messages, reference or None), a reference in half of them."""
+    rng, human = random.Random(f"page documents {seed}"), PageHuman()
+    out, live, instructions = [], [], INSTRUCTIONS.replace("{max_turns}", str(MAX_TURNS))
+    for _ in range(n):
+        values = guess(rng)  # any style goes with any topic here: the base policy cannot learn the house styles
+        said = "".join(f" {SLOTS[s][1][v][1]}" for s, v in enumerate(values) if rng.random() < P_SAID)
+        request = f"{instructions}{rng.choice(OPENERS)}{rng.choice(TOPICS)}.{said}"
+        reads, task = rng.random() < 0.5, Task(request, write_page(values))
+        out.append(([{"role": "user", "content": request}], task.ground_truth if reads else None))
+        live.append((task, out[-1][0], values if reads else None))
+    for turn in range(1, MAX_TURNS + 1):
+        for _, dialogue, reads in live:
+            dialogue.append({"role": "assistant", "content": _demonstrate(rng, dialogue, turn, reads)})
+        live = [one for one in live if ANSWER_MARKER not in one[1][-1]["content"] and turn < MAX_TURNS]
+        replies = human.reply([task for task, *_ in live], [dialogue for _, dialogue, _ in live])
+        for (_, dialogue, _), reply in zip(live, replies):
+            dialogue.append({"role": "user", "content": reply})
+    return out
+
+
+def _demonstrate(rng, dialogue, turn, reads):
+    """One turn of the imperfect demonstrator; reads: the values of the reference, when it has looked at it."""
+    last = read_page(dialogue[-2]["content"]) if turn > 1 else None
+    answers = rng.random() < (0.98 if turn == MAX_TURNS else 0.9 if dialogue[-1]["content"] == RIGHT else 0.12)
+    values, known = guess(rng), known_values(dialogue)
+    for slot in range(len(SLOTS)):
+        if reads and rng.random() < (0.85 if answers else 0.6):
+            values[slot] = reads[slot]
+        elif slot in known and rng.random() < 0.85:
+            values[slot] = known[slot]
+        elif last and rng.random() < 0.85:
+            values[slot] = last[slot]
+    return f"{ANSWER_MARKER}\n" * answers + write_page(values)
