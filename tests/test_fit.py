@@ -215,7 +215,7 @@ def test_the_result_appears_only_at_the_end(tmp_path):
 def test_the_critic_resumes_bit_for_bit(tokenizer, model, trajectories, tmp_path):
     """The real thing: language model, reference log-probs, Hugging Face directory."""
     pairs = [(trajectories[i + 1], trajectories[i]) for i in range(0, 24, 2)]
-    cfg, folders = critic.Critic(epochs=2, lr=1e-2), {}
+    cfg, folders = critic.Critic(epochs=2, lr=1e-2, nll=0.0), {}
 
     def run(name, die_after=None, monkey=None):
         mine = tiny_llama(len(tokenizer))
