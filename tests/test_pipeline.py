@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--base-documents", "1500", "--base-epochs", "2", "--rollout-tasks", "80", "--rollout-per-task", "8",
-        "--critic-epochs", "1", "--candidates-states", "160", "--candidates-n", "6", "--actor-epochs", "1",
-        "--rft-epochs", "1", "--multiturn-epochs", "1", "--eval-tasks", "12",
+        "--critic-nll", "0", "--critic-epochs", "1", "--candidates-states", "160", "--candidates-n", "6",
+        "--actor-epochs", "1", "--rft-epochs", "1", "--multiturn-epochs", "1", "--eval-tasks", "12",
         "--credit-states", "12", "--credit-monte-carlo-states", "2", "--credit-monte-carlo-rollouts", "4"]
 FILES = ["trajectories.jsonl", "samples.jsonl", "candidates.jsonl", "pairs.jsonl", "eval.jsonl", "credit.json"]
 
@@ -78,7 +78,7 @@ def test_before_the_first_step_every_preference_loss_is_log_2(finished):
     for name in ("critic", "actor", "multiturn"):
         row = json.loads((finished / name / "log.json").read_text())[0]
         assert abs(row["margin"]) < 1e-4, name
-        if name == "critic":  # its default has no nll term, so the loss is the preference loss alone
+        if name == "critic":  # without its nll term here, so the loss is the preference loss alone
             assert abs(row["loss"] - 0.693147) < 1e-4
 
 
