@@ -66,10 +66,11 @@ SMOKE = {"base": {"documents": 7000, "epochs": 1}, "rollout": {"tasks": 60}, "cr
 # --preset one-gpu: real models at a small scale, with adapters. Memory and time: docs/memory.md. Not tuned.
 ONE_GPU = {
     "machine": {"device": "cuda", "dtype": "bfloat16", "lora": 16, "checkpointing": True, "micro_batch": 1, "rows": 64},
-    "rollout": {"tasks": 1000, "per_task": 4, "max_turns": 10, "max_tokens": 512}, "pairs": {"per_task": 2},
-    "critic": {"lr": 1e-5, "beta": 0.1, "nll": 0.01, "epochs": 2}, "candidates": {"states": 1000},
+    "rollout": {"tasks": 1000, "per_task": 4, "max_turns": 10, "max_tokens": 512},
+    "pairs": {"per_task": 2, "per_state": 4}, "candidates": {"states": 1000},
+    "critic": {"lr": 1e-5, "beta": 0.1, "nll": 0.01, "epochs": 2},
     "actor": {"lr": 1e-5, "beta": 0.1, "nll": 0.01, "batch_size": 8, "epochs": 1},
-    "rft": {"lr": 1e-5, "epochs": 2}, "multiturn": {"lr": 1e-5, "beta": 0.1, "nll": 0.01, "epochs": 2},
+    "rft": {"lr": 1e-5, "epochs": 2}, "multiturn": {"lr": 1e-5, "beta": 0.1, "nll": 0.01, "epochs": 2, "per_task": 2},
     "eval": {"tasks": 200}, "credit": {"states": 40, "monte_carlo_states": 0}}
 
 
