@@ -13,6 +13,7 @@ what is not there, peer or GPU, is "not measured".
 Shapes: N agent tokens, D hidden, V vocabulary, B pairs.
 """
 import copy
+import ctypes
 import importlib.util
 import os
 import platform
@@ -54,6 +55,7 @@ def peak_megabytes(work):
 
     def status(name):
         return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
+    ctypes.CDLL(None).malloc_trim(0)  # what is free but not yet given back would hide what the call takes
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = status("VmRSS")
     work()
@@ -138,10 +140,10 @@ def bench_logprobs():
     targets, agent = torch.randint(32768, (2048,), generator=generator), torch.arange(2048) % 5 == 0
 
     def run(logprobs):
-        hidden.grad = weight.grad = None
         value = logprobs()
         value.sum().backward()
-        return value
+        hidden.grad = weight.grad = None  # so that the peak counts the gradients, too
+        return value.detach()
 
     contest("log-probs, 2048 x 32768 x 256",
             lambda: run(lambda: token_logprobs(hidden[agent], weight, targets[agent])),

@@ -5,8 +5,9 @@ logits; the log-prob of token y is  logits[y] - logsumexp(logits).  Three saving
 number:
 
 1. Only rows that predict an *agent* token go through the head (about a fifth of a dialogue).
-2. The head is applied to a chunk of rows at a time and its logits are recomputed in the backward pass, so that no
-   N x V tensor exists (N = 2048 rows of a 128k vocabulary would be 1 GB in fp32, several times over).
+2. The head is applied to a chunk of rows at a time. Some chunks are kept for the backward pass, 64 MB of them, and
+   the others are computed again there, so that no N x V tensor exists (N = 2048 rows of a 128k vocabulary would be
+   1 GB in fp32, several times over).
 3. A prefix that several sequences share is computed once: the 16 candidates of a state, the chosen and the rejected
    turn of a prompt, the turns sampled at a state. The whole of this trick is the class `Tree`.
 
@@ -49,37 +50,48 @@ def _say_once(text):
 # ------------------------------------------------------------------ the head
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(h W^T)[y], a chunk of rows at a time, with the gradient written out:
+def _exponentials(hidden_ND, weight_VD, targets_N):
+    """exp(logits - max) of every row, their sum, and the log-prob of its target. bf16 is summed in fp32."""
+    logits_NV = (hidden_ND @ weight_VD.T).to(torch.promote_types(hidden_ND.dtype, torch.float32))
+    chosen_N1, max_N1 = logits_NV.gather(-1, targets_N[:, None]), logits_NV.amax(-1, keepdim=True)
+    exp_NV = logits_NV.sub_(max_N1).exp_()
+    sum_N1 = exp_NV.sum(-1, keepdim=True)
+    return exp_NV, sum_N1, (chosen_N1 - max_N1 - sum_N1.log()).squeeze(-1)
 
-        d logp / d logits = onehot(y) - softmax(logits),   d logits / d h = W,   d logits / d W = h
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log softmax(h W^T)[y], a chunk of rows at a time, with the gradient written out. W_y is row y of W:
+
+        d logp / d h = W_y - softmax W,     d logp / d W = (onehot(y) - softmax)^T h,     softmax = exp / sum
+
+    The first `keep` chunks leave their exponentials for the backward pass, the others compute them again.
     """
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, chunk):
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
-        ctx.chunk = chunk
-        wide = torch.promote_types(hidden_ND.dtype, torch.float32)  # bf16 sums over V lose digits; fp64 stays fp64
-        logprobs_N = torch.empty(len(targets_N), dtype=wide, device=hidden_ND.device)
-        for rows in torch.arange(len(targets_N), device=hidden_ND.device).split(chunk):
-            logits = (hidden_ND[rows] @ weight_VD.T).to(wide)
-            chosen = logits.gather(-1, targets_N[rows, None]).squeeze(-1)
-            logprobs_N[rows] = chosen - logits.logsumexp(-1)
-        return logprobs_N
+    def forward(ctx, hidden_ND, weight_VD, targets_N, chunk, keep):
+        ctx.chunk, kept, logprobs = chunk, [], []
+        for i, (h, y) in enumerate(zip(hidden_ND.split(chunk), targets_N.split(chunk))):
+            exp, total, logprob = _exponentials(h, weight_VD, y)
+            logprobs.append(logprob)
+            if i < keep:
+                kept += [exp, total]
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, *kept)
+        return torch.cat(logprobs)
 
     @staticmethod
     def backward(ctx, grad_N):
-        hidden_ND, weight_VD, targets_N = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden_ND)
+        hidden_ND, weight_VD, targets_N, *kept = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden_ND)
         grad_weight = torch.zeros_like(weight_VD, dtype=grad_N.dtype) if ctx.needs_input_grad[1] else None
-        for rows in torch.arange(len(targets_N), device=hidden_ND.device).split(ctx.chunk):
-            grad_logits = (hidden_ND[rows] @ weight_VD.T).to(grad_N.dtype).softmax(-1).mul_(-grad_N[rows, None])
-            grad_logits.scatter_add_(-1, targets_N[rows, None], grad_N[rows, None])
-            grad_logits = grad_logits.to(hidden_ND.dtype)
-            grad_hidden[rows] = grad_logits @ weight_VD
+        for i, rows in enumerate(torch.arange(len(targets_N), device=hidden_ND.device).split(ctx.chunk)):
+            h, y, g = hidden_ND[rows], targets_N[rows], grad_N[rows, None]
+            exp, total = kept[2 * i:2 * i + 2] or _exponentials(h, weight_VD, y)[:2]
+            mean_ND = exp.to(weight_VD.dtype) @ weight_VD / total
+            grad_hidden[rows] = (g * (weight_VD[y] - mean_ND)).to(h.dtype)
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden_ND[rows]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None
+                grad_weight.addmm_(exp.T, h * (g / total), alpha=-1)
+                grad_weight.index_add_(0, y, h * g)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None, None
 
 
 def _use_triton(hidden_ND, weight_VD):
@@ -91,18 +103,19 @@ def _use_triton(hidden_ND, weight_VD):
     return True
 
 
-def token_logprobs(hidden_ND, weight_VD, targets_N, chunk=None):
+def token_logprobs(hidden_ND, weight_VD, targets_N, chunk=None, keep=2):
     """Log-probability (nats) of each target token. Differentiable in hidden and weight; never holds N x V.
 
     hidden_ND: final hidden states; weight_VD: the head; targets_N: token ids. Returns logprobs_N in at least fp32.
-    chunk: rows at a time; as many as make 4 million logits unless given. On CUDA this is a Triton kernel where Triton
-    is installed and the dtype is one that it takes.
+    chunk: rows at a time; as many as make 8 million logits unless given. keep: how many chunks stay in memory until
+    the backward pass (64 MB in all), which takes a fourth of its work away. On CUDA this is a Triton kernel where
+    Triton is installed and the dtype is one that it takes.
     """
     if chunk is None and _use_triton(hidden_ND, weight_VD):
         from kernels.triton_logprob import fused_logprobs
         return fused_logprobs(hidden_ND, weight_VD, targets_N)
-    chunk = chunk or max(1, 2 ** 22 // len(weight_VD))
-    return _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, chunk)
+    chunk = chunk or max(1, 2 ** 23 // len(weight_VD))
+    return _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, chunk, keep if torch.is_grad_enabled() else 0)
 
 
 @torch.no_grad()

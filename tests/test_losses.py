@@ -124,20 +124,21 @@ def assert_same_gradients(ours, theirs, tolerance=1e-6):
 
 # ------------------------------------------------------------------ token_logprobs
 
-@pytest.mark.parametrize("n, chunk", [(1, 1024), (7, 3), (9, 3), (8, 1), (13, 12), (0, 4)])
-def test_token_logprobs_and_both_gradients(n, chunk):
+@pytest.mark.parametrize("n, chunk, keep", [(1, 1024, 4), (7, 3, 0), (9, 3, 2), (8, 1, 4), (13, 12, 1), (0, 4, 1)])
+def test_token_logprobs_and_both_gradients(n, chunk, keep):
     generator = torch.Generator().manual_seed(n)
     hidden = torch.randn(n, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(11, (n,), generator=generator)
     outer = torch.randn(n, generator=generator, dtype=torch.float64)
-    ours = token_logprobs(hidden, weight, targets, chunk)
+    ours = token_logprobs(hidden, weight, targets, chunk, keep)
     theirs = (hidden @ weight.T).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     assert ours.shape == (n,) and ours.dtype == torch.float64
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
-    for a, b in zip(torch.autograd.grad((ours * outer).sum(), (hidden, weight)),
-                    torch.autograd.grad((theirs * outer).sum(), (hidden, weight))):
-        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+    want = torch.autograd.grad((theirs * outer).sum(), (hidden, weight))
+    for _ in range(2):  # what was kept for the backward pass is still there for a second one
+        for a, b in zip(torch.autograd.grad((ours * outer).sum(), (hidden, weight), retain_graph=True), want):
+            assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
 def test_token_logprobs_with_a_frozen_head_or_a_frozen_body():
