@@ -27,7 +27,8 @@ import torch.nn.functional as F
 
 from env import INSTRUCTIONS, DialogueEnv, InputError, Task, action_tokens, control_tokens, end_of_turn, grade, render
 from kernels.fit import arg, check_context, fit
-from kernels.logprob import branches, lay_out, reference_sums, turn_logprobs
+from kernels.logprob import lay_out, reference_sums, turn_logprobs
+from kernels.prefix import branches
 
 
 @dataclass(frozen=True)
@@ -108,27 +109,30 @@ def pick(logits_BV, noise_B, temperature=1.0, top_p=1.0):
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_tokens=64):
+def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_tokens=64, growing=None, seats=None):
     """One turn for each prompt (a list of token ids): lists of token ids that end with the end-of-turn token, or,
     when the turn was cut off at max_tokens or at a control token that has no place in a turn, without it. keys: what
-    each row's randomness is seeded with, any value with a repr."""
+    each row's randomness is seeded with, any value with a repr. growing, seats: `branches` that remember the turns
+    before this one, and which of them each prompt goes on with."""
     eot, prompts = end_of_turn(tokenizer), [tuple(prompt) for prompt in prompts]
     check_context(model, max(map(len, prompts)) + max_tokens, "a dialogue with its next turn")
     control = torch.tensor(control_tokens(tokenizer), device=model.device)
     noise_BT = noise(keys, max_tokens).to(model.device)
     live = torch.arange(len(prompts), device=model.device)  # the prompts whose turn is not over
-    token_B = torch.tensor([prompt[-1] for prompt in prompts], device=model.device)
-    turns, growing = [[] for _ in prompts], branches(model, prompts)
+    seat_B = live if seats is None else torch.tensor(seats, device=model.device)
+    turns, growing = [[] for _ in prompts], growing or branches(model, prompts)
+    logits_BV = growing.wake(seat_B, prompts)
     for step in range(max_tokens):
-        token_B = pick(growing.step(live, token_B), noise_BT[live, step], temperature, top_p)
+        token_B = pick(logits_BV, noise_BT[live, step], temperature, top_p)
         cut_off = torch.isin(token_B, control)
         for row, token, cut in zip(live.tolist(), token_B.tolist(), cut_off.tolist()):
             if not cut:
                 turns[row].append(token)
         going = ~(cut_off | (token_B == eot))
-        if not going.any():
+        if not going.any() or step == max_tokens - 1:
             break
-        live, token_B = live[going], token_B[going]
+        live = live[going]
+        logits_BV = growing.step(seat_B[live], token_B[going])
     return turns
 
 
@@ -145,7 +149,7 @@ def play_out(model, tokenizer, envs, human, keys, *, temperature=1.0, top_p=1.0,
     Every agent turn keeps its `output_ids`, so that log-probs are of the tokens that were sampled, and, as in
     ColBench's format, `input` and `output` (the text that the model read and wrote).
     """
-    live = [i for i, env in enumerate(envs) if env.answer is None]
+    live, growing = [i for i, env in enumerate(envs) if env.answer is None], None
     while live:
         asked = [i for i in live if envs[i].messages[-1]["role"] == "assistant"]
         for i, reply in zip(asked, human.reply([envs[i].task for i in asked], [envs[i].messages for i in asked])):
@@ -154,9 +158,11 @@ def play_out(model, tokenizer, envs, human, keys, *, temperature=1.0, top_p=1.0,
         live = [i for i in live if envs[i].messages[-1]["role"] == "user"]
         if not live:
             break
-        prompts = [render(tokenizer, envs[i].messages)[0] for i in live]
+        prompts = [tuple(render(tokenizer, envs[i].messages)[0]) for i in live]
+        if growing is None:  # remembers what it has read, so that a turn reads only what is new
+            growing, seats = branches(model, prompts, alone=True), {i: seat for seat, i in enumerate(live)}
         turns = sample(model, tokenizer, prompts, [(keys[i], envs[i].turns) for i in live], temperature=temperature,
-                       top_p=top_p, max_tokens=max_tokens)
+                       top_p=top_p, max_tokens=max_tokens, growing=growing, seats=[seats[i] for i in live])
         for i, prompt, output_ids in zip(live, prompts, turns):
             texts = {"input": tokenizer.decode(prompt), "output": tokenizer.decode(output_ids)}
             envs[i].step(turn_text(tokenizer, output_ids), **texts, output_ids=output_ids)

@@ -50,7 +50,7 @@ from env import ANSWER_MARKER, DialogueEnv, InputError, JsonlWriter
 from env import load_tasks, read_jsonl, read_trajectories, render, write_groups, write_json
 from kernels.endpoint import Server
 from kernels.fit import ONE_GPU, SMOKE, Given, Machine, arg, load_model, save_to
-from kernels.logprob import use_plain_path
+from kernels.prefix import use_plain_path
 from simulator import ConsoleHuman
 from worlds import backend, frontend
 

@@ -1,14 +1,15 @@
 """How fast the hot paths are, and how exact: ratios of time and memory against named peers, in one table.
 
-    python -m kernels.bench               everything that takes minutes: log-probs, DPO, scoring, sampling, growth, GPU
+    python -m kernels.bench               everything that takes minutes: log-probs, DPO, scoring, sampling, growth
     python -m kernels.bench dpo growth    some of it
+    python -m kernels.bench_gpu           the head on a GPU
     python -m kernels.bench run           sweet.py with and without --plain (flags after it are handed on: run --smoke)
 
 A row is one contest: each contender does the same work on the same inputs, in turn, again and again, so that what else
 the machine is doing hits all alike; what counts is the median of (peer / ours) over the repeats. CPU times are CPU
 seconds of one thread. "difference" is the largest absolute difference between the peer's values and ours, in nats.
-Memory is the peak above what was there before. Peers: `pip install trl liger-kernel cut-cross-entropy torch==2.13.0`;
-what is not there, peer or GPU, is "not measured".
+Memory is the peak above what was there before. Peers: `pip install trl torch==2.13.0`; what is not there is "not
+measured".
 
 Shapes: N agent tokens, D hidden, V vocabulary, B pairs.
 """
@@ -32,10 +33,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import actor
+from env import DialogueEnv
 from kernels.logprob import collate, lay_out, reference_sums, token_logprobs, turn_logprobs
+from kernels.prefix import use_plain_path
 
 REPEATS = 7
-CUDA = torch.cuda.is_available()
 
 
 # ------------------------------------------------------------------ measuring
@@ -107,6 +109,11 @@ def llama(hidden=128, layers=4, vocab=8192, seed=0):
         vocab_size=vocab, hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=layers,
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, max_position_embeddings=8192,
         bos_token_id=None, eos_token_id=None, pad_token_id=0)).eval()
+
+
+def endless():
+    """No token ends a turn: every turn takes all the tokens that it may."""
+    return mock.patch.multiple(actor, end_of_turn=lambda tokenizer: -1, control_tokens=lambda tokenizer: [-1])
 
 
 def ids(rng, n, vocab=8192):
@@ -219,8 +226,6 @@ def bench_sampling():
     """16 turns of 24 tokens after one prompt. Sampling has no common value to compare: the tests compare the tokens."""
     from worlds.backend import make_tokenizer
     model, tokenizer = llama(), make_tokenizer()
-    model.get_input_embeddings().weight.data[490:494] = 0.0  # the tokenizer's end tokens have no way to win
-    model.get_output_embeddings().weight.data[490:494] = -1.0
     for length, target in ((64, "1.6x"), (256, "2.5x")):
         prompt = ids(random.Random(length), length)
 
@@ -230,9 +235,35 @@ def bench_sampling():
             return torch.tensor(float(out.shape[1]))
 
         def ours(prompt=prompt):
-            turns = actor.sample(model, tokenizer, [prompt] * 16, range(16), max_tokens=24)
-            return torch.tensor(float(max(map(len, turns))))
+            with endless():
+                turns = actor.sample(model, tokenizer, [prompt] * 16, range(16), max_tokens=24)
+            return torch.tensor(float(min(map(len, turns))))
         contest(f"sampling 16 turns, prefix {length}", ours, {"generate(num_return_sequences=16)": generate}, target)
+
+
+class Replies:
+    """A human who says 24 random words."""
+
+    def reply(self, tasks, dialogues):
+        return [" ".join(random.Random(f"{i} {len(m)}").choices(("tides", "loans", "no", "first"), k=24))
+                for i, m in enumerate(dialogues)]
+
+
+def bench_rollouts():
+    """16 dialogues of 6 turns of 24 tokens; the peer reads the history again in every turn. difference: in tokens."""
+    from worlds.backend import make_tasks, make_tokenizer
+    model, tokenizer, tasks = llama(), make_tokenizer(), make_tasks(16, 0, "train")
+
+    def play(plain):
+        use_plain_path(plain)
+        envs = [DialogueEnv(6) for _ in tasks]
+        for env, task in zip(envs, tasks):
+            env.reset(task)
+        with endless():
+            actor.play_out(model, tokenizer, envs, Replies(), range(16), max_tokens=24)
+        use_plain_path(False)
+        return torch.tensor([m["output_ids"] for env in envs for m in env.messages[1::2]])
+    contest("rollouts, 6 turns", lambda: play(False), {"history read in every turn": lambda: play(True)}, "1.6x")
 
 
 def bench_growth():
@@ -274,76 +305,16 @@ def bench_run(*flags):
         row("python sweet.py " + " ".join(flags), f"{plain:.0f}", f"{ours:.0f}", f"{plain / ours:.2f}x")
 
 
-# ------------------------------------------------------------------ contest on a GPU
-
-def gpu_peers():
-    """name -> function(hidden, weight, targets) -> log-probs, or None where the package is missing."""
-    peers = {"naive": eager, "torch.compile(naive)": torch.compile(eager), "Liger": None, "cut-cross-entropy": None,
-             "TRL selective_log_softmax": None}
-    if installed("liger_kernel"):
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
-        peers["Liger"] = lambda h, w, y: -liger(h, w, y, reduction="none")
-    if installed("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy
-        peers["cut-cross-entropy"] = lambda h, w, y: -linear_cross_entropy(h, w, y, reduction="none")
-    if installed("trl"):
-        from trl.trainer.utils import selective_log_softmax
-        peers["TRL selective_log_softmax"] = lambda h, w, y: selective_log_softmax(h @ w.T, y)
-    return peers
-
-
-def gpu_cost(work):
-    """Milliseconds and peak GB above the inputs of one call, the median of several after a warm-up."""
-    times = []
-    for _ in range(3 + REPEATS):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[3:]), (torch.cuda.max_memory_allocated() - before) / 2 ** 30
-
-
-def bench_gpu():
-    """The head on the GPU, bf16, D 4096, V 128256, forward and backward."""
-    header("head on the GPU, N x 128256 x 4096, bf16", "contender", "ms", "peak GB", "of matmul peak", "difference")
-    if not CUDA:
-        return row("log-probs forward + backward", *["not measured"] * 5)
-    for n in (2048, 8192):
-        hidden = torch.randn(n, 4096, device="cuda", dtype=torch.bfloat16).requires_grad_()
-        weight = (torch.randn(128256, 4096, device="cuda") / 64).bfloat16().requires_grad_()
-        targets = torch.randint(128256, (n,), device="cuda")
-        with torch.no_grad():  # forward and backward need three such products
-            product = gpu_cost(lambda h=hidden, w=weight: h @ w.T)[0]
-        want = token_logprobs(hidden, weight, targets).detach()
-        for name, peer in {"ours": token_logprobs, **gpu_peers()}.items():
-            def work(peer=peer, hidden=hidden, weight=weight, targets=targets):
-                hidden.grad = weight.grad = None
-                value = peer(hidden, weight, targets)
-                value.sum().backward()
-                return value.detach()
-            if peer is None:
-                row(f"N {n}", name, *["not measured"] * 4)
-                continue
-            milliseconds, peak = gpu_cost(work)
-            row(f"N {n}", name, f"{milliseconds:.1f}", f"{peak:.2f}", f"{3 * product / milliseconds:.0%}",
-                f"{(work().float() - want).abs().max().item():.0e}")
-
-
 def main(names):
     torch.set_num_threads(1)
     processor = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
                      platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
     print(f"{processor}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start (we add one); "
-          f"torch {torch.__version__}; GPU: {torch.cuda.get_device_name() if CUDA else 'none'}")
+          f"torch {torch.__version__}")
     if names[:1] == ["run"]:
         return bench_run(*names[1:])
     header("work", "peer", "time, peer / ours (range)", "peak memory, peer / ours", "ours", "difference", "aim")
-    for work in (bench_logprobs, bench_dpo, bench_scoring, bench_sampling, bench_growth, bench_gpu):
+    for work in (bench_logprobs, bench_dpo, bench_scoring, bench_sampling, bench_rollouts, bench_growth):
         if not names or work.__name__.removeprefix("bench_") in names:
             work()
 

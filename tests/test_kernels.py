@@ -10,28 +10,37 @@ from test_losses import assert_same_gradients, as_batch, flat, gradients, hand_t
 
 import actor
 import critic
-from env import end_of_turn
-from kernels import logprob
-from kernels.logprob import Tree, can_share, collate, head_is_plain, lay_out, reference_sums, turn_logprobs
+from env import DialogueEnv, end_of_turn, render
+from kernels import logprob, prefix
+from kernels.logprob import collate, lay_out, reference_sums, turn_logprobs
+from kernels.prefix import Tree, can_share, head_is_plain
 
 
 @pytest.fixture
 def plain():
     """A function that computes something on the plain path."""
     def compute(work, *args, **kwargs):
-        logprob.use_plain_path(True)
+        prefix.use_plain_path(True)
         try:
             return work(*args, **kwargs)
         finally:
-            logprob.use_plain_path(False)
+            prefix.use_plain_path(False)
     yield compute
-    logprob.use_plain_path(False)
+    prefix.use_plain_path(False)
+
+
+@pytest.fixture(params=["outside", "inside"])
+def trees(request, monkeypatch):
+    """Trees whether or not they are worth it; prefixes in a pass of their own, or in that of their branches."""
+    monkeypatch.setattr(logprob, "WORTH", 1e9)
+    monkeypatch.setattr(logprob, "SHORT", {"outside": -1, "inside": 128}[request.param])
+    return request.param
 
 
 @pytest.fixture
 def said(monkeypatch):
     """Nothing has been said so far."""
-    monkeypatch.setattr(logprob, "_said", set())
+    monkeypatch.setattr(prefix, "_said", set())
 
 
 def ids(rng, vocab, low, high):
@@ -78,11 +87,11 @@ def test_padding_is_seen_by_nobody(model):
 
 @pytest.mark.parametrize("name", ["model64", "grouped64"])
 @pytest.mark.parametrize("shape", [(2, 2, 2), (5, 1, 3), (16,), (1, 1, 4)])
-def test_turn_sums_against_a_loop_over_tokens(name, shape, request):
+def test_turn_sums_against_a_loop_over_tokens(name, shape, trees, request):
     model = request.getfixturevalue(name)
     dialogues = forest(model.config.vocab_size, shape)
     batch = lay_out(model, [flat(d) for d in dialogues])
-    assert len(batch["prefixes"]) == len(shape)
+    assert len(batch["input_ids"]) == len(shape) and any(batch["prefixes"]) == (trees == "outside")
     sums, lengths = turn_logprobs(model, batch)
     for row, counts, segments in zip(sums, lengths, dialogues):
         want = [float(sum(turn).detach()) for turn in hand_turns(model, segments)]
@@ -93,7 +102,7 @@ def test_turn_sums_against_a_loop_over_tokens(name, shape, request):
 
 @pytest.mark.parametrize("name", ["model", "grouped"])
 @pytest.mark.parametrize("longest", [2, 40])
-def test_values_and_gradients_equal_the_plain_path(name, longest, request, plain):
+def test_values_and_gradients_equal_the_plain_path(name, longest, request, trees, plain):
     model = request.getfixturevalue(name)
     examples = [flat(d) for d in forest(model.config.vocab_size, (2, 7, 1, 3), longest=longest)]
     weights = torch.randn(len(examples), 3, generator=torch.Generator().manual_seed(0))
@@ -108,7 +117,7 @@ def test_values_and_gradients_equal_the_plain_path(name, longest, request, plain
 
 @pytest.mark.parametrize("name", ["model64", "grouped64"])
 @pytest.mark.parametrize("loss", ["dpo", "critic"])
-def test_losses_and_gradients_equal_the_plain_path(name, loss, request, plain):
+def test_losses_and_gradients_equal_the_plain_path(name, loss, request, trees, plain):
     """Ragged pairs with a shared prompt each, among them two pairs of the same prompt."""
     initial = request.getfixturevalue(name)
     trained, dialogues = perturbed(initial), forest(initial.config.vocab_size, (2, 2, 4, 2), seed=5, longest=30)
@@ -126,7 +135,7 @@ def test_losses_and_gradients_equal_the_plain_path(name, loss, request, plain):
     assert_same_gradients(grads, want, 1e-6)  # norms compute in float32
 
 
-def test_reference_sums_equal_the_plain_path(model64, plain):
+def test_reference_sums_equal_the_plain_path(model64, trees, plain):
     examples = [flat(d) for d in forest(model64.config.vocab_size, (1, 9, 4, 2, 1, 16), longest=20)]
     want = plain(reference_sums, model64, examples)
     for batch_tokens in (1, 60, 16384):
@@ -136,7 +145,7 @@ def test_reference_sums_equal_the_plain_path(model64, plain):
             assert row == pytest.approx(other, abs=1e-10)
 
 
-def test_odd_examples(model64, plain):
+def test_odd_examples(model64, trees, plain):
     """An agent token at the very start (nothing predicts it), no agent token at all, a prompt of one token."""
     examples = [([5, 6, 7], [1, 1, 0]), ([5, 8], [1, 1]), ([3, 4, 5], [0, 0, 0]), ([3, 4, 9], [0, 0, 1]),
                 ([3, 4, 5], [0, 0, 0]), ([3], [0]), ([3, 7], [0, 1]), ([3, 9], [0, 2])]
@@ -199,6 +208,55 @@ def test_the_same_tokens_as_the_plain_path(tokenizer, plain, head, kv_heads, tem
     for prompt, turn in zip(prompts, ours):
         lengths[tuple(prompt)] = max(lengths.get(tuple(prompt), 0), len(turn))
     assert len(set(lengths.values())) > 3  # the rows ended at different steps
+
+
+class Chatter:
+    """A human whose replies are of ragged length, and who leaves some dialogues, at different turns."""
+
+    def reply(self, tasks, dialogues):
+        replies = []
+        for task, messages in zip(tasks, dialogues):
+            rng = random.Random(f"{task.problem_description} {len(messages)}")
+            text = " ".join(rng.choice(["tides", "no", "the last loan", "x"]) for _ in range(rng.choice((1, 2, 30))))
+            replies.append(None if rng.random() < 0.1 else text)
+        return replies
+
+
+def dialogues_of(model, tokenizer, tasks, copies, top_p=1.0, max_turns=6):
+    envs = [DialogueEnv(max_turns) for _ in range(copies) for _ in tasks]
+    for env, task in zip(envs, tasks * copies):
+        env.reset(task)
+    actor.play_out(model, tokenizer, envs, Chatter(), range(len(envs)), top_p=top_p, max_tokens=15)
+    return [[m.get("output_ids") for m in env.messages] for env in envs]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_dialogues_that_remember_say_the_same(tokenizer, tasks, plain, kv_heads, top_p):
+    """Over six turns, with a cache that is kept between them, against the history read in full in every turn: the same
+    tokens, among them turns that are cut off (at max_tokens, at a control token, at once)."""
+    control = tokenizer.convert_tokens_to_ids("<|user|>")
+    model = biased(len(tokenizer), {end_of_turn(tokenizer): 4.0, control: 2.0}, kv_heads=kv_heads)
+
+    def work():
+        return dialogues_of(model, tokenizer, tasks[:6], 3, top_p)
+    (ours, few), (theirs, many) = tokens_read(model, work), plain(tokens_read, model, work)
+    assert ours == theirs and few < many
+    assert len({len(d) for d in ours}) > 2  # dialogues ended at different turns
+    turns = [turn for d in ours for turn in d[1::2]]
+    assert [] in turns and {len(turn) for turn in turns} >= {0, 1, 5, 15}
+
+
+def test_a_history_is_read_once(model, tokenizer, tasks):
+    """One dialogue of six turns: the body reads each token but the last of a turn that nobody answers, once."""
+    can_share(model), head_is_plain(model)  # these read a little, once
+    [dialogue], n = tokens_read(model, lambda: dialogues_of(model, tokenizer, tasks[1:2], 1))
+    assert len(dialogue) == 12
+    env = DialogueEnv(6)
+    env.reset(tasks[1])
+    actor.play_out(model, tokenizer, [env], Chatter(), [0], max_tokens=15)
+    whole, _ = render(tokenizer, env.messages)
+    assert n == len(whole) - 1
 
 
 # ------------------------------------------------------------------ models that cannot share
@@ -267,7 +325,7 @@ def test_a_sliding_window_samples_the_plain_way(tokenizer, said):
             sequence.append(token)
 
 
-def test_gradient_checkpointing_is_computed_in_full_and_says_so(model64, capsys, said, plain):
+def test_gradient_checkpointing_is_computed_in_full_and_says_so(model64, trees, capsys, said, plain):
     examples = [flat(d) for d in forest(model64.config.vocab_size, (2, 3))]
     trained = copy.deepcopy(model64).train()
     trained.gradient_checkpointing_enable()
@@ -281,7 +339,7 @@ def test_gradient_checkpointing_is_computed_in_full_and_says_so(model64, capsys,
     assert can_share(trained.eval())
 
 
-def test_eager_attention_shares_too(plain):
+def test_eager_attention_shares_too(trees, plain):
     model = tiny_llama(40, kv_heads=1, attn_implementation="eager").double()
     examples = [flat(d) for d in forest(40, (4, 2))]
     assert model.config._attn_implementation == "eager" and "prefixes" in lay_out(model, examples)
@@ -289,7 +347,7 @@ def test_eager_attention_shares_too(plain):
     assert torch.allclose(ours, theirs, atol=1e-10)
 
 
-def test_bf16_shares_within_its_rounding(plain):
+def test_bf16_shares_within_its_rounding(trees, plain):
     model = tiny_llama(40).bfloat16()
     examples = [flat(d) for d in forest(40, (4, 2))]
     assert can_share(model)

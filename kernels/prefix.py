@@ -1,0 +1,239 @@
+"""One prefix, many branches: what several sequences have in common is computed once.
+
+The cost of the method is long prefixes that are shared: sixteen candidates of one state, the chosen and the rejected
+turn of one prompt, ten turns of one dialogue, each critic call with the reference in front. A causal model's keys and
+values of a prefix do not depend on what follows, so they can be computed once and kept. The whole of this idea is the
+class `Tree`; scoring and DPO (through `kernels.logprob.lay_out`), candidates and rollouts (through `branches` and
+`actor.sample`) all use it, and none of them gets another number from it.
+
+`use_plain_path(True)` (the flag --plain) switches it off, and with it the savings of kernels/logprob.py: every sequence
+in full, the model's own logits at every position. It is what one would write first, what the tests compare with, and
+what happens, with a note, on models whose cache cannot be shared.
+
+Exercised by `python -m pytest tests/test_kernels.py` and measured by `python -m kernels.bench`.
+
+Shapes: B branches, L live branches, N new tokens, R rows with live branches, C new tokens a row, S slots of the cache,
+D hidden, V vocabulary.
+"""
+import inspect
+import sys
+
+import torch
+import torch.nn.functional as F
+
+_plain, _said = False, set()
+
+
+def use_plain_path(on):
+    """Compute everything the plain way from now on (or no longer)."""
+    global _plain
+    _plain = on
+
+
+def plain_path():
+    return _plain
+
+
+def say_once(text):
+    if text not in _said:
+        _said.add(text)
+        print(f"note: {text}", file=sys.stderr)
+
+
+@torch.no_grad()
+def head_is_plain(model):
+    """True when the model's logits are hidden @ weight.T and nothing more (no bias, scale or soft-capping): seen, not
+    assumed."""
+    if not hasattr(model, "_head_is_plain"):
+        head = model.get_output_embeddings()
+        probe = torch.arange(min(8, model.config.get_text_config().vocab_size), device=head.weight.device)[None]
+        own = model(input_ids=probe).logits.float()
+        ours = (model.base_model(input_ids=probe).last_hidden_state @ head.weight.T).float()
+        same = own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-3, atol=1e-3)
+        model._head_is_plain = same and getattr(head, "bias", None) is None
+        if not model._head_is_plain:
+            print(f"note: {type(model).__name__} changes its logits after the head; using its own head (more memory)")
+    return model._head_is_plain
+
+
+class Tree:
+    """Sequences that begin alike, as trees: each distinct prefix is run once, and many branches grow from it.
+
+    A row is a prefix followed by all of its branches, one after the other (or, in sampling, interleaved):
+
+        slot    0    1    2    3      4    5      6    7    8
+        token  the  cat  sat  down   and  slept  and  left  .        two branches after "the cat sat": "down"...
+        owner   0    0    0    1      1    1      2    2    2        and "and left ."
+
+    A token sees the prefix (owner 0) and what came before it in its own branch: `see`. Its position is how many
+    tokens it sees before itself. Attention knows of other tokens only through these two, so every branch gets what it
+    would get in a row of its own. Keys and values of all slots stay in the cache, and carry gradients: what branches
+    feel flows back into the prefix, summed.
+
+    The prefix here is all but the last token that is shared, and a branch starts with that one: its hidden state
+    predicts the branch's first own token, and so each branch holds all of its predictions.
+    """
+
+    def __init__(self, model, prefixes, alone=False):
+        """prefixes: tuples of token ids, one for each branch to come; equal ones share a row (`row_B`). alone: each
+        branch goes on in a row of its own, which `wake` brings back after its turn."""
+        from transformers import DynamicCache
+        distinct = {prefix: row for row, prefix in enumerate(dict.fromkeys(prefixes))}
+        width, device = max(map(len, distinct)), model.device
+        self.model, self.cache = model, DynamicCache()
+        self.row_B = torch.tensor([distinct[prefix] for prefix in prefixes], device=device)
+        self.rows_R = torch.arange(len(distinct), device=device)  # the rows that still have live branches
+        length_R1 = torch.tensor([[len(prefix)] for prefix in distinct], device=device)
+        self.owner_RS = -(torch.arange(width, device=device) >= length_R1).long()
+        if width:  # right-padded under causal attention: no mask is needed
+            ids = [list(prefix) + [0] * (width - len(prefix)) for prefix in distinct]
+            model.base_model(input_ids=torch.tensor(ids, device=device), past_key_values=self.cache, use_cache=True)
+        self.parked = [] if alone else None
+        if alone:
+            self.cache.reorder_cache(self.row_B)
+            self.owner_RS = self.owner_RS[self.row_B]
+            self.rows_R = self.row_B = torch.arange(len(prefixes), device=device)
+
+    def inputs(self, input_ids_RC, owner_RC):
+        """What the model needs to run C more tokens a row. owner: 1 + the branch of each, or -1 on padding."""
+        self.owner_RS = torch.cat([self.owner_RS, owner_RC], 1) if self.owner_RS.numel() else owner_RC
+        see_RCS = (self.owner_RS[:, None] == 0) | (self.owner_RS[:, None] == owner_RC[:, :, None])
+        see_RCS = see_RCS.tril(see_RCS.shape[2] - see_RCS.shape[1])
+        mask_RCS = torch.zeros(see_RCS.shape, dtype=self.model.dtype, device=see_RCS.device)
+        mask_RCS.masked_fill_(~see_RCS, torch.finfo(self.model.dtype).min)
+        return {"input_ids": input_ids_RC, "position_ids": see_RCS.sum(-1) - 1, "attention_mask": mask_RCS[:, None],
+                "past_key_values": self.cache, "use_cache": True}
+
+    def step(self, live_N, token_N, wanted=slice(None)):
+        """More tokens on the live branches, all in one pass. live_N: indices into prefixes, once for each token, so
+        that a branch may get several. Returns the logits of what follows each token, or each `wanted` one."""
+        rows, row_N = self.row_B[live_N].unique(return_inverse=True)
+        if len(rows) < len(self.rows_R):
+            self._leave(torch.isin(self.rows_R, rows))
+        sorted_N, order_N = row_N.sort(stable=True)
+        column_N = torch.empty_like(row_N)  # how many of these tokens go to the same row before it
+        column_N[order_N] = torch.arange(len(row_N), device=row_N.device) - torch.searchsorted(sorted_N, sorted_N)
+        ids_RC = row_N.new_zeros(len(rows), int(column_N.max()) + 1)
+        owner_RC = torch.full_like(ids_RC, -1)
+        ids_RC[row_N, column_N], owner_RC[row_N, column_N] = token_N, live_N + 1
+        inputs, where = self.inputs(ids_RC, owner_RC), (row_N[wanted], column_N[wanted])
+        if head_is_plain(self.model):
+            hidden_ND = self.model.base_model(**inputs).last_hidden_state[where]
+            return hidden_ND @ self.model.get_output_embeddings().weight.T
+        return self.model(**inputs).logits[where]
+
+    def _leave(self, stays_R):
+        """Rows without a live branch leave the batch; what is in their cache is parked if they may come back."""
+        if self.parked is not None:
+            self.parked.append((self.rows_R[~stays_R], self.owner_RS[~stays_R],
+                                [(layer.keys[~stays_R], layer.values[~stays_R]) for layer in self.cache.layers]))
+        self.rows_R, self.owner_RS = self.rows_R[stays_R], self.owner_RS[stays_R]
+        self.cache.reorder_cache(stays_R.nonzero().squeeze(1))
+
+    def _return(self, rows):
+        """Put the batch together again, of these rows: padded to the same slots, then without the gaps."""
+        self._leave(torch.zeros_like(self.rows_R, dtype=torch.bool))
+        parts, self.parked = self.parked, []
+        parked_R = torch.cat([part[0] for part in parts])
+        order_R = parked_R.argsort()[torch.isin(parked_R.sort().values, rows)]
+        width = max(owner.shape[1] for _, owner, _ in parts)
+
+        def whole(tensors, dim, fill):
+            after = (0, 0) * (tensors[0].dim() - 1 - dim)
+            return torch.cat([F.pad(t, (*after, 0, width - t.shape[dim]), value=fill) for t in tensors])[order_R]
+        owner_RS = whole([owner for _, owner, _ in parts], 1, -1)
+        used_RS = (owner_RS >= 0).long()
+        slot_RS = used_RS.argsort(dim=1, descending=True, stable=True)[:, :int(used_RS.sum(1).max())]
+        self.rows_R, self.owner_RS = parked_R[order_R], owner_RS.gather(1, slot_RS)
+        for i, layer in enumerate(self.cache.layers):
+            keys, values = (whole(tensors, 2, 0.0) for tensors in zip(*(part[2][i] for part in parts)))
+            slots = slot_RS[:, None, :, None].expand(-1, keys.shape[1], -1, -1)
+            layer.keys = keys.gather(2, slots.expand(-1, -1, -1, keys.shape[3]))
+            layer.values = values.gather(2, slots.expand(-1, -1, -1, values.shape[3]))
+            for part in parts:
+                part[2][i] = None  # never more than one layer twice in memory
+
+    def wake(self, live_L, prompts):
+        """A turn begins on the live branches: read what is new in their prompts (token ids that begin with all that the
+        branch has seen). Returns the logits of what follows."""
+        if self.parked:
+            self._return(self.row_B[live_L])
+        seen_L = (self.owner_RS >= 0).sum(1)[torch.searchsorted(self.rows_R, self.row_B[live_L])]
+        new = [prompt[n:] for prompt, n in zip(prompts, seen_L.tolist())]
+        counts_L = torch.tensor([len(tokens) for tokens in new], device=live_L.device)
+        token_N = torch.tensor([token for tokens in new for token in tokens], device=live_L.device)
+        return self.step(live_L.repeat_interleave(counts_L), token_N, wanted=counts_L.cumsum(0) - 1)
+
+
+class Rows:
+    """The plain way to sample: every branch in a row of its own, left-padded, its prompt read in full in every turn."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def wake(self, live_L, prompts):
+        """As Tree's."""
+        width, self.live_L, self.cache = max(map(len, prompts)), live_L, None
+        self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=live_L.device)
+        return self._run(torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=live_L.device))
+
+    def step(self, live_L, token_L):
+        """As Tree's, one token a branch."""
+        kept = torch.searchsorted(self.live_L, live_L)
+        self.cache.reorder_cache(kept)
+        self.live_L, self.mask = live_L, torch.cat([self.mask[kept], self.mask.new_ones(len(kept), 1)], 1)
+        return self._run(token_L[:, None])
+
+    def _run(self, ids):
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        out = self.model(input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache,
+                         use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        return out.logits[:, -1]
+
+
+@torch.no_grad()
+def can_share(model):
+    """Whether `Tree` computes what plain rows do on this model: seen on a probe, where its parts make it possible.
+    Says why not, once."""
+    if plain_path():
+        return False
+    if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        say_once("under gradient checkpointing a cache carries no gradients; every sequence is computed in full")
+        return False
+    if not hasattr(model, "_can_share"):
+        why = _why_not(model)
+        if why:
+            say_once(f"{type(model).__name__} cannot share a prefix: {why}; every sequence is computed in full")
+        model._can_share = why is None
+    return model._can_share
+
+
+def _why_not(model):
+    """What keeps a model from sharing prefixes, or None."""
+    from transformers import DynamicCache
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - {"DynamicLayer"}
+    if kinds:  # sliding windows count slots, and recurrent states have none
+        return f"its cache has layers of the kind {', '.join(sorted(kinds))}"
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        return f"its attention ({model.config._attn_implementation}) takes no mask of ours"
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        return "it takes no positions"
+    return None if _tree_equals_rows(model) else "on a probe its hidden states are others than in full sequences"
+
+
+def _tree_equals_rows(model):
+    """Two branches on a prefix of three tokens: the last hidden state of each, from a tree and from plain rows."""
+    rows = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 5, 6]], device=model.device)
+    rows %= model.config.get_text_config().vocab_size
+    plain_BD = model.base_model(input_ids=rows, use_cache=False).last_hidden_state[:, -1].float()
+    tree = Tree(model, [tuple(rows[0, :2].tolist())] * 2)
+    inputs = tree.inputs(rows[:, 2:].reshape(1, 6), torch.tensor([[1, 1, 1, 2, 2, 2]], device=model.device))
+    ours_BD = model.base_model(**inputs).last_hidden_state[0, [2, 5]].float()
+    return bool((ours_BD - plain_BD).norm() < 0.02 * plain_BD.norm())  # bf16 rounds to 0.004
+
+
+def branches(model, prompts, alone=False):
+    """The place where turns grow after prompts (tuples of token ids): `wake` begins a turn, `step` takes the next token
+    of the live ones, and both return the logits of what follows. alone: several turns will grow after each other."""
+    return Tree(model, [prompt[:-1] for prompt in prompts], alone) if can_share(model) else Rows(model)
