@@ -198,7 +198,7 @@ def bare(messages):
 def sample_candidates(model, tokenizer, states, keys, n, max_tokens):
     """Add to each state {"task", "messages"} its "candidates", [{"content", "output_ids", "count"}]: the different
     ones among n sampled turns."""
-    prompts = [render(tokenizer, state["messages"])[0] for state in states for _ in range(n)]
+    prompts = [prompt for state in states for prompt in [render(tokenizer, state["messages"])[0]] * n]
     turns = sample(model, tokenizer, prompts, [(*key, k) for key in keys for k in range(n)], max_tokens=max_tokens)
     for i, state in enumerate(states):
         state["candidates"] = distinct(tokenizer, turns[i * n:(i + 1) * n])
