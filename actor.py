@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from env import INSTRUCTIONS, DialogueEnv, InputError, Task, action_tokens, control_tokens, end_of_turn, grade, render
 from kernels.fit import arg, check_context, fit
-from kernels.logprob import lay_out, reference_sums, turn_logprobs
+from kernels.logprob import add_reference, lay_out, turn_logprobs
 from kernels.prefix import branches
 
 
@@ -282,9 +282,7 @@ def preference_loss(model, batch, beta, nll):
 def train_preferences(model, examples, out, cfg, seed, save, label):
     """Fit the policy on pairs of views. `model` is the initial policy: its log-probs, pi_ref, are taken before the
     first step."""
-    for side in ("chosen", "rejected"):
-        for example, sums in zip(examples, reference_sums(model, [e[side] for e in examples], label="pi_ref")):
-            example[f"ref_{side}"] = sums
+    add_reference(model, examples)
     return fit(model, examples, lambda m, batch: preference_loss(m, batch, cfg.beta, cfg.nll), out, cfg, seed, save,
                label=label, sizes=[len(e["chosen"][0]) + len(e["rejected"][0]) for e in examples])
 

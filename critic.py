@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from env import ANSWER_MARKER, Task, render
 from kernels.fit import arg, fit
-from kernels.logprob import lay_out, pad_turns, reference_sums, turn_logprobs
+from kernels.logprob import add_reference, lay_out, pad_turns, reference_sums, turn_logprobs
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,7 @@ def train(model, tokenizer, pairs, out, cfg, seed, save):
     """Fit the critic, starting from `model`, which is also pi_ref: its log-probs are taken before the first step."""
     examples = [{"chosen": critic_view(tokenizer, better, cfg.reference),
                  "rejected": critic_view(tokenizer, worse, cfg.reference)} for better, worse in pairs]
-    for side in ("chosen", "rejected"):
-        for example, sums in zip(examples, reference_sums(model, [e[side] for e in examples], label="pi_ref")):
-            example[f"ref_{side}"] = sums
+    add_reference(model, examples)
     return fit(model, examples, lambda m, batch: loss_fn(m, batch, cfg.beta, cfg.nll, cfg.normalize), out, cfg, seed,
                save, label="critic", sizes=[len(e["chosen"][0]) + len(e["rejected"][0]) for e in examples])
 

@@ -188,7 +188,8 @@ def stage_samples(run):
     else:
         states = [{"task": t["task"], "messages": t["dialogue_history"][:turn]} for t in run.trajectories()
                   for turn in range(1, len(t["dialogue_history"]), 2)]
-        states = rng.sample(states, min(cfg.states, len(states)))
+        chosen = rng.sample(range(len(states)), min(cfg.states, len(states)))
+        states = [states[i] for i in sorted(chosen)]  # in order, so that states of one task share what they can
 
     def group(part, first):
         part, keys = copy.deepcopy(part), [(run.seed, "samples", first + i) for i in range(len(part))]

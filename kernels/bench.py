@@ -34,7 +34,7 @@ import torch
 
 import actor
 from env import DialogueEnv
-from kernels.logprob import collate, lay_out, reference_sums, token_logprobs, turn_logprobs
+from kernels.logprob import add_reference, collate, lay_out, token_logprobs, turn_logprobs
 from kernels.prefix import use_plain_path
 
 REPEATS = 7
@@ -158,7 +158,7 @@ def bench_logprobs():
             "5x, memory 8x", memory=True)
 
 
-def trl_step(model, pairs, compact):
+def trl_step(model, reference, pairs, compact):
     """A function that takes TRL's DPO step, forward and backward, and returns its loss. compact: reference precomputed
     and only completion rows in the head, which TRL does by itself where it finds Triton."""
     import datasets
@@ -174,7 +174,7 @@ def trl_step(model, pairs, compact):
     settings = trl.DPOConfig(output_dir=tempfile.mkdtemp(), beta=0.1, bf16=False, gradient_checkpointing=False,
                              report_to=[], use_cpu=True, disable_tqdm=True)
     policy = copy.deepcopy(model)
-    trainer = trl.DPOTrainer(policy, copy.deepcopy(model), args=settings, train_dataset=text,
+    trainer = trl.DPOTrainer(policy, copy.deepcopy(reference), args=settings, train_dataset=text,
                              processing_class=make_tokenizer())
     batch = DataCollatorForPreference(pad_token_id=0)([
         {"prompt_ids": pair["prompt"], "chosen_ids": pair["turns"][0], "rejected_ids": pair["turns"][1],
@@ -190,23 +190,21 @@ def trl_step(model, pairs, compact):
 
 
 def bench_dpo():
-    """One DPO step on four pairs with ragged prompts; the policy has already moved away from the reference."""
-    model = llama()
+    """One DPO step on four pairs with ragged prompts, with a reference that is another model than the policy."""
+    model, reference = llama(), llama(seed=1)
     for length, targets in ((256, ("6x", "1.5x")), (1024, ("7x", "2x"))):
         rng = random.Random(length)
         pairs = [{"prompt": ids(rng, length - rng.randint(0, length // 4)),
                   "turns": [ids(rng, rng.randint(16, 64)) for _ in range(2)]} for _ in range(4)]
         for pair in pairs:
             pair["chosen"], pair["rejected"] = views(pair["prompt"], pair["turns"])
-        for side in ("chosen", "rejected"):  # a reference of its own, so that the loss is not log 2
-            for pair, sums in zip(pairs, reference_sums(model, [pair[side] for pair in pairs])):
-                pair[f"ref_{side}"] = sums
+        add_reference(reference, pairs)
 
         def ours(pairs=pairs):
             return with_gradient(model, lambda: actor.preference_loss(model, pairs, 0.1, 0.0)[0])[None]
         for compact, name, target in ((False, "TRL DPOTrainer", targets[0]),
                                       (True, "TRL, reference precomputed, rows compacted", targets[1])):
-            peer = trl_step(model, pairs, compact) if installed("trl") and installed("datasets") else None
+            peer = trl_step(model, reference, pairs, compact) if installed("trl") and installed("datasets") else None
             contest(f"DPO step, prompt {length}", ours, {name: peer}, target)
 
 

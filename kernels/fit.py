@@ -215,8 +215,8 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *, label="fit", warmup=0
     plan = list(batches_of(len(examples), cfg.batch_size, cfg.epochs, seed, sizes))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = torch.nn.ParameterList(p if p.dtype.itemsize >= 4 else p.detach().float() for p in learning)
-    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0,
-                                  fused=weights[0].device.type in ("cpu", "cuda") or None)  # no third copy of the gradients
+    fused = weights[0].device.type in ("cpu", "cuda")  # without a third copy of the gradients
+    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused or None)
     warm = max(1, round(warmup * len(plan)))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, (len(plan) - step) / max(1, len(plan) - warm)))

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from kernels.fit import check_context
-from kernels.prefix import Tree, can_share, head_is_plain, plain_path, say_once
+from kernels.prefix import Tree, can_share, head_is_plain, plain_path, say_once, share
 
 SHORT = 128  # tokens: up to this length a prefix is computed in the same pass as its branches
 WORTH = 0.8  # trees have to save a fifth of the tokens, padding included
@@ -123,24 +123,24 @@ def _prefix(example):
 
 
 def lay_out(model, examples):
-    """The batch of a list of (input_ids, turn_ids): a tree for each distinct prefix, or a row for each example
+    """The batch of a list of (input_ids, turn_ids): trees on the distinct prefixes, or a row for each example
     (`collate`) where the model cannot share, or where trees would hardly be smaller."""
-    rows, inside = {}, max(len(_prefix(example)) for example in examples) <= SHORT
-    for b, (input_ids, turn_ids) in enumerate(examples):
-        prefix = _prefix((input_ids, turn_ids))
-        n = len(prefix)
-        row = rows.setdefault(prefix, ([*prefix], [0] * n, [0] * n) if inside else ([], [], []))
+    prefixes = [_prefix(example) for example in examples]
+    rows, inside = {}, max(map(len, prefixes)) <= SHORT
+    for b, (key, (input_ids, turn_ids)) in enumerate(zip(share(prefixes), examples)):
+        n = len(key[0])
+        row = rows.setdefault(key, ([*key[0]], [0] * n, [0] * n) if inside else ([], [], []))
         row[0].extend(input_ids[n:])
         row[1].extend([0, *turn_ids[n + 1:]])  # a branch's first token is predicted by nothing in the branch
         row[2].extend([b + 1] * (len(input_ids) - n))
     width = max(len(ids) for ids, _, _ in rows.values())
-    tokens = len(rows) * (width + (0 if inside else max(map(len, rows))))
+    tokens = len(rows) * width + (0 if inside else len(set(prefixes)) * max(map(len, prefixes)))
     if tokens > WORTH * len(examples) * max(len(ids) for ids, _ in examples) or not can_share(model):
         return collate(examples, model.device)
     columns = [[list(row) + [fill] * (width - len(row)) for row in column]
                for column, fill in zip(zip(*rows.values()), (0, 0, -1))]
     batch = dict(zip(("input_ids", "turn_ids", "owner_ids"), torch.tensor(columns, device=model.device)))
-    return {"prefixes": [()] if inside else list(rows), **batch}
+    return {"prefixes": [() if inside else prefix for prefix, _ in rows], **batch}
 
 
 def turn_logprobs(model, batch):
@@ -185,13 +185,15 @@ def reference_sums(model, examples, batch_tokens=16384, label=None):
     """Summed log-probs per turn of every example, without gradient: a list of K numbers for each (input_ids, turn_ids).
 
     Used for pi_ref, once, before the first step (the policy before its first step *is* the reference, so no second
-    model is ever in memory), and for ranking. Examples with the same prefix, and prefixes of like length, share a
-    batch of at most batch_tokens tokens; the result does not depend on it.
+    model is ever in memory), and for ranking. Equal examples are computed once; examples with the same prefix, and
+    prefixes of like length, share a batch of at most batch_tokens tokens; the result does not depend on it.
     """
     check_context(model, max((len(ids) for ids, _ in examples), default=0), "the longest of these dialogues")
-    prefixes, sums = [_prefix(example) for example in examples], [None] * len(examples)
-    order = sorted(range(len(examples)), key=lambda i: (len(prefixes[i]), prefixes[i], len(examples[i][0])))
-    with tqdm(total=len(examples), desc=f"{label or '':>12}", disable=label is None, mininterval=0.5) as bar:
+    first, prefixes, sums = {}, [_prefix(example) for example in examples], [None] * len(examples)
+    same = [first.setdefault((tuple(ids), tuple(turns), plain_path() and i), i)
+            for i, (ids, turns) in enumerate(examples)]
+    order = sorted(first.values(), key=lambda i: (len(prefixes[i]), prefixes[i], len(examples[i][0])))
+    with tqdm(total=len(order), desc=f"{label or '':>12}", disable=label is None, mininterval=0.5) as bar:
         while order:
             tokens = list(itertools.accumulate(len(examples[i][0]) for i in order))
             n = max(1, bisect.bisect_right(tokens, batch_tokens))
@@ -200,4 +202,12 @@ def reference_sums(model, examples, batch_tokens=16384, label=None):
             for i, row in zip(batch, rows.tolist()):
                 sums[i] = row[:max(examples[i][1])]
             bar.update(n)
-    return sums
+    return [sums[i] for i in same]
+
+
+def add_reference(model, pairs):
+    """pi_ref's log-probs for a list of {"chosen": example, "rejected": example}: adds "ref_chosen" and "ref_rejected".
+    To be called before the first step, while the model still is pi_ref."""
+    sides = [(pair, side) for pair in pairs for side in ("chosen", "rejected")]
+    for (pair, side), sums in zip(sides, reference_sums(model, [pair[side] for pair, side in sides], label="pi_ref")):
+        pair[f"ref_{side}"] = sums

@@ -17,6 +17,7 @@ D hidden, V vocabulary.
 """
 import inspect
 import sys
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
@@ -74,29 +75,27 @@ class Tree:
     predicts the branch's first own token, and so each branch holds all of its predictions.
     """
 
-    def __init__(self, model, prefixes, alone=False):
-        """prefixes: tuples of token ids, one for each branch to come; equal ones share a row (`row_B`). alone: each
-        branch goes on in a row of its own, which `wake` brings back after its turn."""
+    def __init__(self, model, prefixes, row_B=None):
+        """prefixes: tuples of token ids, one for each row; row_B: the row of each branch that will grow (see `step`).
+        Without it each branch has a row of its own, which `wake` brings back in a later turn."""
         from transformers import DynamicCache
-        distinct = {prefix: row for row, prefix in enumerate(dict.fromkeys(prefixes))}
+        distinct = {prefix: i for i, prefix in enumerate(dict.fromkeys(prefixes))}
         width, device = max(map(len, distinct)), model.device
         self.model, self.cache = model, DynamicCache()
-        self.row_B = torch.tensor([distinct[prefix] for prefix in prefixes], device=device)
-        self.rows_R = torch.arange(len(distinct), device=device)  # the rows that still have live branches
-        length_R1 = torch.tensor([[len(prefix)] for prefix in distinct], device=device)
+        self.rows_R = torch.arange(len(prefixes), device=device)  # the rows that still have live branches
+        self.row_B = self.rows_R if row_B is None else torch.tensor(row_B, device=device)
+        self.parked = [] if row_B is None else None
+        length_R1 = torch.tensor([[len(prefix)] for prefix in prefixes], device=device)
         self.owner_RS = -(torch.arange(width, device=device) >= length_R1).long()
         if width:  # right-padded under causal attention: no mask is needed
             ids = [list(prefix) + [0] * (width - len(prefix)) for prefix in distinct]
             model.base_model(input_ids=torch.tensor(ids, device=device), past_key_values=self.cache, use_cache=True)
-        self.parked = [] if alone else None
-        if alone:
-            self.cache.reorder_cache(self.row_B)
-            self.owner_RS = self.owner_RS[self.row_B]
-            self.rows_R = self.row_B = torch.arange(len(prefixes), device=device)
+        if len(distinct) < len(prefixes):
+            self.cache.reorder_cache(torch.tensor([distinct[prefix] for prefix in prefixes], device=device))
 
     def inputs(self, input_ids_RC, owner_RC):
         """What the model needs to run C more tokens a row. owner: 1 + the branch of each, or -1 on padding."""
-        self.owner_RS = torch.cat([self.owner_RS, owner_RC], 1) if self.owner_RS.numel() else owner_RC
+        self.owner_RS = torch.cat([self.owner_RS, owner_RC], 1)
         see_RCS = (self.owner_RS[:, None] == 0) | (self.owner_RS[:, None] == owner_RC[:, :, None])
         see_RCS = see_RCS.tril(see_RCS.shape[2] - see_RCS.shape[1])
         mask_RCS = torch.zeros(see_RCS.shape, dtype=self.model.dtype, device=see_RCS.device)
@@ -105,8 +104,8 @@ class Tree:
                 "past_key_values": self.cache, "use_cache": True}
 
     def step(self, live_N, token_N, wanted=slice(None)):
-        """More tokens on the live branches, all in one pass. live_N: indices into prefixes, once for each token, so
-        that a branch may get several. Returns the logits of what follows each token, or each `wanted` one."""
+        """More tokens on the live branches, all in one pass. live_N: the branch of each token; one may get several.
+        Returns the logits of what follows each token, or each `wanted` one."""
         rows, row_N = self.row_B[live_N].unique(return_inverse=True)
         if len(rows) < len(self.rows_R):
             self._leave(torch.isin(self.rows_R, rows))
@@ -163,6 +162,16 @@ class Tree:
         counts_L = torch.tensor([len(tokens) for tokens in new], device=live_L.device)
         token_N = torch.tensor([token for tokens in new for token in tokens], device=live_L.device)
         return self.step(live_L.repeat_interleave(counts_L), token_N, wanted=counts_L.cumsum(0) - 1)
+
+
+def share(prefixes):
+    """The row of each branch, as (prefix, number): branches on the same prefix share one, but at most as many as there
+    are on a prefix in the mean, because all rows of a batch are as wide as the widest."""
+    rows, seen, most = [], Counter(), len(prefixes) // len(set(prefixes))
+    for prefix in prefixes:
+        rows.append((prefix, seen[prefix] // most))
+        seen[prefix] += 1
+    return rows
 
 
 class Rows:
@@ -227,7 +236,7 @@ def _tree_equals_rows(model):
     rows = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 5, 6]], device=model.device)
     rows %= model.config.get_text_config().vocab_size
     plain_BD = model.base_model(input_ids=rows, use_cache=False).last_hidden_state[:, -1].float()
-    tree = Tree(model, [tuple(rows[0, :2].tolist())] * 2)
+    tree = Tree(model, [tuple(rows[0, :2].tolist())], [0, 0])
     inputs = tree.inputs(rows[:, 2:].reshape(1, 6), torch.tensor([[1, 1, 1, 2, 2, 2]], device=model.device))
     ours_BD = model.base_model(**inputs).last_hidden_state[0, [2, 5]].float()
     return bool((ours_BD - plain_BD).norm() < 0.02 * plain_BD.norm())  # bf16 rounds to 0.004
@@ -236,4 +245,11 @@ def _tree_equals_rows(model):
 def branches(model, prompts, alone=False):
     """The place where turns grow after prompts (tuples of token ids): `wake` begins a turn, `step` takes the next token
     of the live ones, and both return the logits of what follows. alone: several turns will grow after each other."""
-    return Tree(model, [prompt[:-1] for prompt in prompts], alone) if can_share(model) else Rows(model)
+    if not can_share(model):
+        return Rows(model)
+    prefixes = [prompt[:-1] for prompt in prompts]
+    if alone:
+        return Tree(model, prefixes)
+    rows = share(prefixes)
+    number = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+    return Tree(model, [prefix for prefix, _ in number], [number[row] for row in rows])

@@ -1,5 +1,6 @@
 """Shared prefixes against full sequences, and the Triton kernel against float64: values, gradients, sampled tokens."""
 import copy
+import math
 import random
 
 import pytest
@@ -64,7 +65,7 @@ def forest(vocab, shape, seed=0, longest=9):
 
 def test_what_the_docstring_says(model):
     """The picture in Tree's docstring: who sees whom, and positions, written out by hand."""
-    tree = Tree(model, [(10, 11), (10, 11)])
+    tree = Tree(model, [(10, 11)], [0, 0])
     inputs = tree.inputs(torch.tensor([[12, 13, 14, 12, 15, 16]]), torch.tensor([[1, 1, 1, 2, 2, 2]]))
     see = (inputs["attention_mask"][0, 0] == 0).int().tolist()
     assert see == [[1, 1, 1, 0, 0, 0, 0, 0],
@@ -77,7 +78,7 @@ def test_what_the_docstring_says(model):
 
 
 def test_padding_is_seen_by_nobody(model):
-    tree = Tree(model, [(10,), (10, 11, 12), (10,)])
+    tree = Tree(model, [(10,), (10, 11, 12)], [0, 1, 0])
     inputs = tree.inputs(torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.tensor([[1, 3, 3], [2, -1, -1]]))
     see = (inputs["attention_mask"][:, 0] == 0).int().tolist()
     assert see[0] == [[1, 0, 0, 1, 0, 0], [1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 1, 1]]
@@ -91,7 +92,9 @@ def test_turn_sums_against_a_loop_over_tokens(name, shape, trees, request):
     model = request.getfixturevalue(name)
     dialogues = forest(model.config.vocab_size, shape)
     batch = lay_out(model, [flat(d) for d in dialogues])
-    assert len(batch["input_ids"]) == len(shape) and any(batch["prefixes"]) == (trees == "outside")
+    most = sum(shape) // len(shape)  # branches of one row
+    assert len(batch["input_ids"]) == sum(math.ceil(n / most) for n in shape)
+    assert any(batch["prefixes"]) == (trees == "outside")
     sums, lengths = turn_logprobs(model, batch)
     for row, counts, segments in zip(sums, lengths, dialogues):
         want = [float(sum(turn).detach()) for turn in hand_turns(model, segments)]
