@@ -140,6 +140,8 @@ def test_losses_and_gradients_equal_the_plain_path(name, loss, request, trees, p
 
 def test_reference_sums_equal_the_plain_path(model64, trees, plain):
     examples = [flat(d) for d in forest(model64.config.vocab_size, (1, 9, 4, 2, 1, 16), longest=20)]
+    examples += [(list(ids), list(turns)) for ids, turns in examples[3:8]]  # equal ones are computed once
+    examples.append((examples[0][0], [2 * turn for turn in examples[0][1]]))  # equal in their tokens only
     want = plain(reference_sums, model64, examples)
     for batch_tokens in (1, 60, 16384):
         found = reference_sums(model64, examples, batch_tokens)
