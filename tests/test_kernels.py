@@ -283,6 +283,16 @@ def gemma2(vocab):
         num_key_value_heads=1, head_dim=8, sliding_window=6, initializer_range=0.5, max_position_embeddings=256)).eval()
 
 
+def lfm2(vocab):
+    """A hybrid: convolutions, whose cache is a state, beside attention."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+    torch.manual_seed(0)
+    return Lfm2ForCausalLM(Lfm2Config(
+        vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, layer_types=["conv", "full_attention", "conv"], initializer_range=0.5, pad_token_id=0,
+        bos_token_id=None, eos_token_id=None)).eval()
+
+
 def bloom(vocab):
     from transformers import BloomConfig, BloomForCausalLM
     torch.manual_seed(0)
@@ -301,7 +311,8 @@ def check_fallback(model, word, capsys):
 
 
 @pytest.mark.parametrize("make, word", [
-    (lambda: mistral(40, 6), "Sliding"), (lambda: gemma2(40), "Sliding"), (lambda: bloom(40), "positions")])
+    (lambda: mistral(40, 6), "Sliding"), (lambda: gemma2(40), "Sliding"), (lambda: bloom(40), "positions"),
+    (lambda: lfm2(40), "LinearAttention")])
 def test_models_that_cannot_share_say_so_once_and_are_computed_in_full(make, word, capsys, said):
     check_fallback(make(), word, capsys)
 
@@ -316,9 +327,10 @@ def test_a_model_that_ignores_the_mask_is_caught_by_the_probe(capsys, said, monk
     check_fallback(model, "probe", capsys)
 
 
-def test_a_sliding_window_samples_the_plain_way(tokenizer, said):
-    """Longer than the window, against one row without padding or cache."""
-    model = mistral(len(tokenizer), 6)
+@pytest.mark.parametrize("make", [lambda vocab: mistral(vocab, 6), lfm2])
+def test_what_cannot_share_samples_the_plain_way(make, tokenizer, said):
+    """Longer than the sliding window, and with a recurrent state, against one row without padding or cache."""
+    model = make(len(tokenizer))
     prompt = ids(random.Random(1), len(tokenizer), 12, 12)
     turns = actor.sample(model, tokenizer, [prompt, prompt[:5], prompt], ["a", "b", "c"], max_tokens=8)
     for key, start, turn in zip("abc", (prompt, prompt[:5], prompt), turns):
