@@ -102,6 +102,9 @@ def _topic_steps():
 TOPIC_STEPS = _topic_steps()
 
 
+LINES = {spec.line(value)[:-1]: (step, value) for step, spec in enumerate(STEPS) for value in range(4)}
+
+
 # ------------------------------------------------------------------ tasks
 
 def write_function(topic, values):
@@ -112,8 +115,7 @@ def write_function(topic, values):
 
 def read_function(source):
     """{step: value} of the world's lines found in a source; empty for code that is not of this world."""
-    lines = set(source.split("\n"))
-    return {step: value for step, spec in enumerate(STEPS) for value in range(4) if spec.line(value)[:-1] in lines}
+    return dict(sorted(LINES[line] for line in source.split("\n") if line in LINES))
 
 
 def split_of(topic, values):
