@@ -59,6 +59,7 @@ class _TokenLogprobs(torch.autograd.Function):
             logprobs.append(logprob)
             if i < keep:
                 kept += [exp, total]
+            del exp  # before the next one is made
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, *kept)
         return torch.cat(logprobs)
 
@@ -75,6 +76,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight.addmm_(exp.T, h * (g / total), alpha=-1)
                 grad_weight.index_add_(0, y, h * g)
+            del exp
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None, None
 
 
@@ -87,18 +89,18 @@ def _use_triton(hidden_ND, weight_VD):
     return True
 
 
-def token_logprobs(hidden_ND, weight_VD, targets_N, chunk=None, keep=2):
+def token_logprobs(hidden_ND, weight_VD, targets_N, chunk=None, keep=4):
     """Log-probability (nats) of each target token. Differentiable in hidden and weight; never holds N x V.
 
     hidden_ND: final hidden states; weight_VD: the head; targets_N: token ids. Returns logprobs_N in at least fp32.
-    chunk: rows at a time; as many as make 8 million logits unless given. keep: how many chunks stay in memory until
+    chunk: rows at a time; as many as make 4 million logits unless given. keep: how many chunks stay in memory until
     the backward pass (64 MB in all), which takes a fourth of its work away. On CUDA this is a Triton kernel where
     Triton is installed and the dtype is one that it takes.
     """
     if chunk is None and _use_triton(hidden_ND, weight_VD):
         from kernels.triton_logprob import fused_logprobs
         return fused_logprobs(hidden_ND, weight_VD, targets_N)
-    chunk = chunk or max(1, 2 ** 23 // len(weight_VD))
+    chunk = chunk or max(1, 2 ** 22 // len(weight_VD))
     return _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, chunk, keep if torch.is_grad_enabled() else 0)
 
 
