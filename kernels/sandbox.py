@@ -41,12 +41,9 @@ import contextlib
 import functools
 import itertools
 import json
-import math
 import os
 import re
-import select
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -80,7 +77,7 @@ def ways():
 
 
 class Worker:
-    """A warm process for one thread of `run`, with a line for orders, one for jobs and one for results."""
+    """A warm process for one thread of `run`: it takes orders on one socket, and a socket for each program."""
 
     def __init__(self, way):
         self.way, self.process = way, None
@@ -94,87 +91,87 @@ class Worker:
         lower = """echo 1000 2>/dev/null >/proc/self/oom_score_adj
             setarch -R true 2>/dev/null && exec setarch -R "$@"; exec "$@" """
         far_side = Path(__file__).with_name("sandbox_worker.py").read_text(encoding="utf-8")
-        self.scratch = tempfile.mkdtemp(prefix="sweet-")
         env = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1",
-               "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-               "PYTHONPATH": os.pathsep.join(path for path in sys.path if path.endswith("-packages"))}
+               "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HOME": ".",
+               "TMPDIR": ".", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path.endswith("-packages"))}
+        self.scratch = tempfile.TemporaryDirectory(prefix="sweet-", ignore_cleanup_errors=True)
         self.control, theirs = socket.socketpair()
         self.control.settimeout(20)
         with theirs:
             self.process = subprocess.Popen(
                 ["sh", "-c", lower, "sh", *command, sys.executable, "-c", far_side, str(uid)],
-                env=env, cwd=self.scratch, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=theirs,
+                env=env, cwd=self.scratch.name, stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 start_new_session=True)
-        if self.control.recv(1) != b"A":
-            self.close()
-            raise OSError("a worker of the grader did not start")
-        self.control.settimeout(5)
 
     def close(self):
         if self.process:
             self.control.close()  # the worker sees it, cleans up and leaves
-            with contextlib.suppress(OSError):
-                self.process.stdin.close()
-            self.process.stdout.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=5)
             self.process.kill()
             self.process.wait()
-            subprocess.run(["sh", "-c", 'chmod -R u+rwX "$1"; rm -rf "$1"', "sh", self.scratch], check=False)
+            self.scratch.cleanup()
             self.process = None
 
     def run(self, source, calls, call_seconds, answer_seconds):
         """One report a call: the digest of its value, or "!" and what went wrong."""
         reports, end, patient = [], time.monotonic() + answer_seconds, True
         while len(reports) < len(calls) and time.monotonic() < end:
-            began, spent = time.monotonic(), math.inf
+            known = len(reports)
             try:
-                self.control.send(b"B")
-                job = [source, list(enumerate(calls))[len(reports):]]
-                self.process.stdin.write(json.dumps(job).encode() + b"\n")
-                self.process.stdin.flush()
-                if not self.listen(reports, len(calls), call_seconds, end):
-                    raise OSError("the stem never began: its job may be unread")
+                ours, theirs = socket.socketpair()
+                with ours:
+                    with theirs:
+                        socket.send_fds(self.control, [b"B"], [theirs.fileno()])
+                    ours.settimeout(answer_seconds)
+                    ours.sendall(json.dumps([source, calls, known]).encode())
+                    ours.shutdown(socket.SHUT_WR)
+                    with contextlib.suppress(TimeoutError):
+                        listen(ours, reports, len(calls), call_seconds, end)
                 self.control.send(b"E")
-                spent = struct.unpack("d", self.control.recv(8))[0]
-                while select.select([self.process.stdout], [], [], 0)[0]:  # whatever else it wrote
-                    os.read(self.process.stdout.fileno(), 2 ** 16)
-            except (OSError, ValueError, struct.error):  # the program took its worker along, or it took too long
+                if not self.control.recv(1):
+                    raise OSError("the worker did not survive this program")
+            except OSError:
                 with contextlib.suppress(OSError):  # where none can be started now, the next round tries again
                     self.start()
-            if len(reports) < len(calls):
-                if not patient or spent > (time.monotonic() - began) / 2:
+            if len(reports) == known:
+                if not patient:
                     reports.append("!out of time, or its process died")
-                patient = False  # it slept, or the machine was busy: one more try a program
+                patient = False  # the machine may have been busy: one more try a program
         return reports + ["!the program's time was up"] * (len(calls) - len(reports))
 
-    def listen(self, reports, wanted, call_seconds, end):
-        """Append reports until all are there or a clock runs out, or too much was said. Did the program begin?"""
-        out, tail, size, clock, begun = self.process.stdout.fileno(), b"", 0, end, False
-        while len(reports) < wanted and size < 2 ** 20:
-            left = min(clock, end) - time.monotonic()
-            data = os.read(out, 2 ** 16) if left > 0 and select.select([out], [], [], left)[0] else b""
-            if not data:
-                break
-            *lines, tail = (tail + data).split(b"\n")
-            tail, size = tail[-400:], size + len(data)
-            for index, report in (found.groups() for found in map(REPORT.fullmatch, lines) if found):
-                if index == b"ready" and not begun:  # what it imports is loaded: the first call begins
-                    clock, begun = time.monotonic() + call_seconds, True
-                elif index == b"%d" % len(reports) and len(reports) < wanted:
-                    reports.append(report.decode())
-                    clock = time.monotonic() + call_seconds
-        return begun
+
+def listen(ours, reports, wanted, call_seconds, end):
+    """Append a program's reports until all are there or its process ends. TimeoutError when a clock runs out."""
+    tail, clock = b"", end
+    while True:
+        ours.settimeout(max(1e-3, min(clock, end) - time.monotonic()))
+        data = ours.recv(2 ** 16)
+        *lines, tail = (tail[-400:] + data).split(b"\n")
+        for line in filter(REPORT.fullmatch, lines):
+            index, report = line.decode().split(" ", 1)
+            if index == "ready" and clock == end:  # what it imports is loaded: the first call begins
+                clock = time.monotonic() + call_seconds
+            elif index == str(len(reports)) and len(reports) < wanted:
+                reports.append(report)
+                clock = time.monotonic() + call_seconds
+        if not data or len(reports) == wanted:
+            return
+
+
+def works(way):
+    """Can programs run, and import what is installed, in one of the `ways`? Found out by trying."""
+    with contextlib.suppress(OSError), contextlib.closing(Worker(way)) as one:
+        return one.run("import decimal, os", ["os.getpid()"], 5, 10)[0][0] != "!"
 
 
 @functools.lru_cache(maxsize=1)
 def tightest_way():
-    """Which of the `ways` works here, found out by trying; says so once."""
+    """The first of the `ways` that works here; says so once."""
     for way, (text, _, _) in enumerate(ways()):
-        with contextlib.suppress(OSError), contextlib.closing(Worker(way)) as one:
-            if one.run("import decimal, os", ["os.getpid()"], 5, 10)[0][0] != "!":
-                print(f"sweet: answers run under {text}", file=sys.stderr)
-                return way
+        if works(way):
+            print(f"sweet: answers run under {text}", file=sys.stderr)
+            return way
     raise OSError("programs cannot be run here: no worker process starts")
 
 

@@ -41,11 +41,8 @@ def kinds():
 @pytest.fixture(params=["bubblewrap", "a PID namespace", "limits alone"])
 def kind(request, monkeypatch):
     way = kinds()[request.param]
-    try:
-        one = sandbox.Worker(way)
-    except OSError:
+    if not sandbox.works(way):
         pytest.skip(f"{request.param} does not work here (bubblewrap: apt install bubblewrap)")
-    one.close()
     monkeypatch.setattr(sandbox, "tightest_way", lambda: way)
     monkeypatch.setattr(env, "_REPORTS", {})
     return request.param
@@ -322,21 +319,23 @@ def test_extract_code():
     "import os", "from os import path", "import math as m\nm.floor = 1", "x.__class__", "x._y", "g.gi_frame",
     "getattr(x, 'y')", "type('A', (), {})", "class A: pass", "x.y = 1", "del x.y", "x.y += 1", "for x.y in z: pass",
     "with a as x.y: pass", "open('a')", "exec('a')", "eval('a')", "__import__('os')", "globals()", "import re.enum",
-    "from collections import abc", "match x:\n    case object(gi_frame=f): pass", "from math import *",
-    "import math.os", "async def f(): pass", "def __f__(): pass", "f = print; f = input", "from . import a",
-    "import re\nre.enum.sys", "from re import enum", "import string", "import typing", "import json\njson.decoder",
-    "from typing import get_type_hints", "import datetime\ndatetime.sys", "def f(a=open): pass", "f(__builtins__=1)"])
+    "from collections import abc", "match x:\n    case object(gi_frame=f): pass", "import typing\ntyping.sys",
+    "import math.os", "def __f__(): pass", "f = print; f = input", "from . import a",
+    "import re\nre.enum.sys", "from re import enum", "import string", "from random import _inst", "import json",
+    "from typing import get_type_hints", "import datetime\ndatetime.sys", "def f(a=open): pass", "x = __builtins__"])
 def test_what_may_leave_a_trace_gets_a_process_for_each_call(source):
-    assert not sandbox_worker.leaves_no_trace(ast.parse(source))
+    assert not sandbox_worker.leaves_no_trace(compile(source, "<answer>", "exec"))
 
 
 @pytest.mark.parametrize("source", [
     RIGHT, "import math\ny = math.pi", "import re, random\ny = re.sub('a', 'b', str(random.random()))",
     "from typing import List\ndef f(x: List[int]) -> int:\n    return sum(x)", "def f(): yield 1",
+    "from math import *", "async def f(): pass", "import typing", "def f(x): return {'_': 'open'}[x]",
+    "def f(_x): return _x\nif __name__ == '__main__':\n    print(f(3))",
     "from collections import Counter\nx = Counter('ab').most_common(1)", "for _ in range(3): pass",
     "try:\n    1 / 0\nexcept ValueError as e:\n    pass", "x = [i for i in range(3) if i]\nx[0] = 1\nprint(f'{x!r}')"])
 def test_small_functions_share_a_process(source):
-    assert sandbox_worker.leaves_no_trace(ast.parse(source))
+    assert sandbox_worker.leaves_no_trace(compile(source, "<answer>", "exec"))
 
 
 # ------------------------------------------------------------------ real tasks, and an independent oracle
