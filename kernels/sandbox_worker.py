@@ -26,8 +26,8 @@ import traceback
 PURE = set("bisect collections datetime heapq itertools math random re typing".split())  # modules without state
 DOORS = set("""abc breakpoint classmethod compile contextlib copyreg delattr dir enum eval exec exit functools getattr
     get_type_hints globals hasattr help input locals object open operator property quit register setattr staticmethod
-    super sys type types vars EXCLUDED_ATTRIBUTES""".split())  # names that lead out of a program's own names
-ACTS = {"DELETE_ATTR", "LOAD_BUILD_CLASS", "MATCH_CLASS", "STORE_ATTR"}
+    super sys type types vars warnings EXCLUDED_ATTRIBUTES""".split())  # names that lead out of a program's own names
+ACTS = [dis.opmap[name] for name in ("DELETE_ATTR", "LOAD_BUILD_CLASS", "MATCH_CLASS", "STORE_ATTR")]
 VERSION = (ctypes.c_uint32 * 2)(0x20080522)  # of capset's arguments
 
 
@@ -78,7 +78,8 @@ def parts(code):
 
 def imports(code):
     """The modules that a program imports, anywhere in it."""
-    return [step.argval for part in parts(code) for step in dis.get_instructions(part) if step.opname == "IMPORT_NAME"]
+    return {step.argval for part in parts(code) if dis.opmap["IMPORT_NAME"] in part.co_code[::2]
+            for step in dis.get_instructions(part) if step.opname == "IMPORT_NAME"}
 
 
 def leaves_no_trace(code):
@@ -88,9 +89,9 @@ def leaves_no_trace(code):
     interpreter. Any other program gets a fresh process for each call.
     """
     names = {name for part in parts(code) for name in part.co_names} - {"_", "__name__", "__annotations__"}
-    acts = {dis.opname[byte] for part in parts(code) for byte in part.co_code[::2]}
     dark = [name for name in names if name.startswith(("_", "ag_", "co_", "cr_", "f_", "gi_", "tb_"))]
-    return not (dark or names & DOORS or acts & ACTS or "IMPORT_NAME" in acts and set(imports(code)) - PURE)
+    acts = [act for part in parts(code) for act in ACTS if act in part.co_code[::2]]
+    return not (dark or acts or names & DOORS or imports(code) - PURE)
 
 
 def seed():
@@ -169,7 +170,7 @@ def become(uid, libc):
 
 def stem(out, uid, libc, processes):
     """One program's process: read the job, load what it imports, run its calls, each in a process of its own."""
-    os.setsid()
+    os.setpgid(0, 0)  # a group of its own to kill (a session would be slower to make)
     if uid:
         become(uid, libc)
     for what, most in (("CORE", 0), ("FSIZE", 2 ** 24), ("NOFILE", 256), ("AS", 2 ** 32), ("DATA", 2 ** 30)):
@@ -178,7 +179,7 @@ def stem(out, uid, libc, processes):
     source, calls, first = json.load(open(out, closefd=False))
     try:
         code = compile(source, "<answer>", "exec")
-        for name in imports(code) if "import" in source else ():
+        for name in imports(code):
             with contextlib.suppress(BaseException):  # a call will meet the failure again, and report it
                 __import__(name)
                 seed()  # numpy loads a part of itself only now
@@ -217,6 +218,7 @@ def worker(uid):
         processes += int(open("/proc/loadavg").read().split()[3].split("/")[1])
     if uid:
         os.chown(".", uid, uid)
+    compile("", "", "exec")  # sets the compiler up: once here, not in every stem
     gc.freeze()
     healthy = condition(libc)
     while fds := socket.recv_fds(control, 1, 1)[1]:

@@ -319,6 +319,11 @@ def f(x):
     except MemoryError:
         return [x, x * x]
 """),
+    "memory_of_one_process": (0.75, """
+def f(x):
+    a = bytearray(1500 * 2 ** 20 * (x == 1))
+    return [x, x * x]
+"""),
     "mmap_shared": (0.75, """
 import mmap
 def f(x):

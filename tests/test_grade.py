@@ -2,6 +2,7 @@
 containment that works here."""
 import ast
 import copy
+import importlib
 import json
 import multiprocessing
 import os
@@ -10,6 +11,8 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -127,6 +130,7 @@ def tries():
     yield lambda: open('/usr/new', 'w')
     yield lambda: open('/new', 'w')
     yield lambda: os.environ['SECRET_OF_THE_PARENT']
+    yield lambda: os.statvfs('/').f_flag & os.ST_RDONLY and open('/no such file')
 def f(x):
     for i, attempt in enumerate(tries()):
         try:
@@ -217,8 +221,50 @@ def test_nothing_stays_from_one_call_to_the_next(kind):
     assert grade([hoarder], [SQUARE], call_seconds=5.0) == [1.0]
 
 
+def test_processes_of_one_call_are_gone_before_the_next(kind):
+    answer = ("import os, time\ndef f(x):\n    if x == 0 and os.fork() == 0:\n        os.setsid()\n"
+              "        while True:\n            open('alive', 'w').close()\n    time.sleep(0.2)\n"
+              "    return [x, x * x] if x == 0 or not os.path.exists('alive') else 'it lives'\n")
+    assert grade([answer], [SQUARE]) == [1.0]
+
+
+def test_programs_of_a_root_have_no_rights(kind):
+    """But one outside of bubblewrap: to read (CAP_DAC_READ_SEARCH, the value 4)."""
+    if os.getuid():
+        pytest.skip("needs root")
+    answer = ("import ctypes, os\ndef f():\n    rights = (ctypes.c_uint32 * 6)()\n"
+              "    ctypes.CDLL(None).capget((ctypes.c_uint32 * 2)(0x20080522), rights)\n"
+              "    return [os.getuid() > 0, rights[0] | rights[1] | rights[3] | rights[4]]\n")
+    allowed = [[True, 0], [True, 4]][:1 if kind == "bubblewrap" else 2]
+    tasks = [task(f"def f():\n    return {value}", "f()") for value in allowed]
+    assert max(grade([answer] * len(tasks), tasks)) == 1.0
+
+
+def test_a_call_that_ran_out_gets_one_more_try(kind, monkeypatch):
+    real, tries = sandbox.listen, []
+
+    def distracted(*given):
+        tries.append(1)
+        if len(tries) == 2:
+            raise TimeoutError
+        real(*given)
+    monkeypatch.setattr(sandbox, "listen", distracted)
+    assert grade([RIGHT + "#"], [SQUARE], workers=1) == [1.0] and len(tries) == 3
+
+
+def test_a_flood_is_not_kept():
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ThreadPoolExecutor(1) as pool:
+        said = pool.submit(theirs.sendall, b"x" * 2 ** 25 + b"\nready \n0 !no\n")
+        tracemalloc.start()
+        sandbox.listen(ours, reports := [], 1, 30, time.monotonic() + 60)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        said.result()
+    assert reports == ["!no"] and peak < 2 ** 20
+
+
 def test_two_threads_may_grade_at_the_same_time(kind):
-    from concurrent.futures import ThreadPoolExecutor
     with ThreadPoolExecutor(2) as pool:
         rewards = list(pool.map(lambda k: grade([f"{RIGHT}# {k} {i}" for i in range(8)], [SQUARE] * 8), range(2)))
     assert rewards == [[1.0] * 8] * 2
@@ -275,6 +321,7 @@ def test_values_compare_as_python_sees_them(kind):
 
 def test_hash_order_random_numbers_and_scratch_agree_with_themselves(kind):
     sources = ["def f():\n    return list({'a', 'bc', 'def', 'q', 3.5, ('x',)})\n",
+               "def f():\n    return str({None, int, float, 'a'})\n",
                "import random\ndef f():\n    return [random.random() for _ in range(3)]\n",
                "import numpy\ndef f():\n    return numpy.random.rand(3)\n",
                "import os, sqlite3\ndef f():\n    sqlite3.connect('a.db').execute('create table t (x int)')\n"
@@ -336,6 +383,12 @@ def test_what_may_leave_a_trace_gets_a_process_for_each_call(source):
     "try:\n    1 / 0\nexcept ValueError as e:\n    pass", "x = [i for i in range(3) if i]\nx[0] = 1\nprint(f'{x!r}')"])
 def test_small_functions_share_a_process(source):
     assert sandbox_worker.leaves_no_trace(compile(source, "<answer>", "exec"))
+
+
+def test_every_module_inside_a_pure_one_is_a_door():
+    inside = {name for module in sandbox_worker.PURE for name, value in vars(importlib.import_module(module)).items()
+              if isinstance(value, type(sys)) and name[0] != "_"}
+    assert inside - sandbox_worker.PURE <= sandbox_worker.DOORS | {"stdlib_re"}
 
 
 # ------------------------------------------------------------------ real tasks, and an independent oracle
