@@ -6,9 +6,10 @@ fast (a fresh Python for each call would take thirty times as long as the call).
 
     run(jobs) -> one thread and one warm *worker* process a core -> a forked *stem* a program -> a forked child a call
 
-- The **parent** (your process) hands out jobs, keeps the clock, and compares. It never parses, compiles or runs an
-  answer, and what comes back of a call is one line: the SHA-256 of its value's canonical text, in which two values
-  agree exactly where Python's == says so. Whatever an answer patches, forges or floods, it can give one guess a call.
+- The **parent** (your process) hands out jobs, each with a socket of its own, keeps the clock, and compares. It never
+  parses, compiles or runs an answer, and what comes back of a call is one line: the hash (64 bits) of its value's
+  canonical text, in which two values agree exactly where Python's == says so. Whatever an answer patches, forges or
+  floods, it can give one guess a call.
 - The **worker** only forks, kills and wipes. It never sees a job or a result, so that no program finds another one's
   answers in the memory that it inherits. It is process 1 of a namespace of its own, which no signal from inside can
   end, and from which nothing escapes: when it kills "everybody", that is everybody. A program that changes what it can
@@ -16,6 +17,9 @@ fast (a fresh Python for each call would take thirty times as long as the call).
 - The **stem** gives up what rights there are, reads one job, loads the modules that it names and forks a child for each
   call: definitions, modules, files and processes of one call are gone before the next. Programs that provably only
   compute (`leaves_no_trace`; most small functions) run in the stem itself; nothing is contained any less for that.
+
+A fork costs what its memory costs: some 600 pages are copied or mapped for a small program, most of its 4 ms. So the
+worker imports little, and one fork serves all calls of a program where that can be.
 
 What is contained, with bubblewrap (Debian: `apt install bubblewrap`; used where a trial shows that it works): no
 network; nothing is readable but the installed software (no home, no /proc, no environment), nothing writable but a
@@ -29,10 +33,12 @@ worker and leave a process behind, or kill *all* your processes.
 Not contained in any case: holes in the kernel, side channels, kernel keyrings, and answers that look for the reference
 where they can read it. The sum over processes is not limited: 32 of them may take 32 GiB.
 
-Limits of exactness: time is wall-clock (a call that ran out while it hardly had the processor gets one more try a
-program); uuid4, os.urandom, numpy's default_rng() and the clock are not seeded; a value may hold 10^6 letters and parts
-and nest about 300 deep; values of kinds that `canonical` does not know (Path, UUID, Enum, dataclass, DataFrame, your
-own classes) equal nothing; an OrderedDict compares like a dict, and a float32 by its exact value.
+Limits of exactness: time is wall-clock (the machine may be busy: the first call of a program that runs out gets one
+more try); sets order what has no hash of its own (objects, None before Python 3.12) by address; uuid4, os.urandom,
+numpy's default_rng() and the clock are not seeded; a value may hold 10^6 letters and parts and nest about 300 deep;
+values of kinds that `canonical` does not know (Path, UUID, Enum, dataclass, DataFrame, functions, your own classes)
+equal nothing; an OrderedDict compares like a dict, and a float32 by its exact value; of two values that differ, one
+pair in 2^64 hashes alike.
 
 No torch here. Exercised by `python -m pytest tests/test_grade.py`; measured by `python kernels/bench_grade.py`.
 """
@@ -40,7 +46,7 @@ import collections
 import contextlib
 import functools
 import itertools
-import json
+import marshal
 import os
 import re
 import socket
@@ -54,7 +60,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 COUNTER = itertools.count()
-REPORT = re.compile(rb"(\d{1,6}|ready) ([0-9a-f]{64}|![ -~]{0,300}|)")
+REPORT = re.compile(rb"(\d{1,6}|ready) (-?[0-9]{1,20}|![ -~]{0,300}|)")
 
 
 def ways():
@@ -87,9 +93,7 @@ class Worker:
         self.close()
         _, command, own = ways()[self.way]
         uid = 2 ** 30 + os.getpid() % 2 ** 20 * 2 ** 10 + next(COUNTER) % 2 ** 10 if own else 0  # nobody else's
-        # the kernel takes these first when memory runs out; same addresses for all (hash(None) may be one)
-        lower = """echo 1000 2>/dev/null >/proc/self/oom_score_adj
-            setarch -R true 2>/dev/null && exec setarch -R "$@"; exec "$@" """
+        lower = 'echo 1000 2>/dev/null >/proc/self/oom_score_adj; exec "$@"'  # first to go when memory runs out
         far_side = Path(__file__).with_name("sandbox_worker.py").read_text(encoding="utf-8")
         env = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1",
                "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HOME": ".",
@@ -114,7 +118,7 @@ class Worker:
             self.process = None
 
     def run(self, source, calls, call_seconds, answer_seconds):
-        """One report a call: the digest of its value, or "!" and what went wrong."""
+        """One report a call: the hash of its value, or "!" and what went wrong."""
         reports, end, patient = [], time.monotonic() + answer_seconds, True
         while len(reports) < len(calls) and time.monotonic() < end:
             known = len(reports)
@@ -124,7 +128,7 @@ class Worker:
                     with theirs:
                         socket.send_fds(self.control, [b"B"], [theirs.fileno()])
                     ours.settimeout(answer_seconds)
-                    ours.sendall(json.dumps([source, calls, known]).encode())
+                    ours.sendall(marshal.dumps((source, calls, known)))
                     ours.shutdown(socket.SHUT_WR)
                     with contextlib.suppress(TimeoutError):
                         listen(ours, reports, len(calls), call_seconds, end)
@@ -176,7 +180,7 @@ def tightest_way():
 
 
 def run(jobs, call_seconds=1.0, answer_seconds=10.0, workers=None):
-    """Run (source, calls) jobs, in parallel; for each job a list of reports, one a call: a digest of the value that the
+    """Run (source, calls) jobs, in parallel; for each job a list of reports, one a call: a hash of the value that the
     call returned, or "!" and what went wrong."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     left, reports, workers = collections.deque(enumerate(jobs)), {}, min(workers or cores, len(jobs))
