@@ -18,7 +18,7 @@ fast (a fresh Python for each call would take thirty times as long as the call).
   call: definitions, modules, files and processes of one call are gone before the next. Programs that provably only
   compute (`leaves_no_trace`; most small functions) run in the stem itself; nothing is contained any less for that.
 
-A fork costs what its memory costs: some 600 pages are copied or mapped for a small program, most of its 4 ms. So the
+A fork costs what its memory costs: some 500 pages are copied or mapped for a small program, half of its time. So the
 worker imports little, and one fork serves all calls of a program where that can be.
 
 What is contained, with bubblewrap (Debian: `apt install bubblewrap`; used where a trial shows that it works): no
@@ -29,7 +29,8 @@ processes a call (threads count), where a user id or a namespace of its own make
 Without bubblewrap a PID namespace, or nothing but limits, whichever works first, and for root a user id that belongs
 to nobody: rewards are exact and programs end in time, but they can read and write what your user can, and use the
 network. With limits alone, which is also all there is on macOS, a program of a user who is not root can hunt down its
-worker and leave a process behind, or kill *all* your processes.
+worker and leave a process behind, or kill *all* your processes; and programs that run at the same time share one
+limit on processes.
 Not contained in any case: holes in the kernel, side channels, kernel keyrings, and answers that look for the reference
 where they can read it. The sum over processes is not limited: 32 of them may take 32 GiB.
 
@@ -100,7 +101,7 @@ class Worker:
                "TMPDIR": ".", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path.endswith("-packages"))}
         self.scratch = tempfile.TemporaryDirectory(prefix="sweet-", ignore_cleanup_errors=True)
         self.control, theirs = socket.socketpair()
-        self.control.settimeout(20)
+        self.control.settimeout(10)
         with theirs:
             self.process = subprocess.Popen(
                 ["sh", "-c", lower, "sh", *command, sys.executable, "-c", far_side, str(uid)],

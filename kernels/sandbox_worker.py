@@ -211,8 +211,9 @@ def worker(uid):
     prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come to us
     alone, processes = os.getpid() == 1, 32  # alone: process 1 of a PID namespace
-    if not uid and os.path.exists("/proc/loadavg"):  # the limit counts all that a user runs: add what is there already
-        processes += int(open("/proc/loadavg").read().split()[3].split("/")[1])
+    for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") and not uid else ()):
+        with contextlib.suppress(OSError):  # the limit counts all that a user runs: add what is there already
+            processes += len(os.listdir(f"/proc/{name}/task")) * (os.stat(f"/proc/{name}").st_uid == os.getuid())
     if uid:
         os.chown(".", uid, uid)
     compile("", "", "exec")  # sets the compiler up: once here, not in every stem
