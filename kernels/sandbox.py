@@ -6,9 +6,10 @@ fast (a fresh Python for each call would take thirty times as long as the call).
 
     run(jobs) -> one thread and one warm *worker* process a core -> a forked *stem* a program -> a forked child a call
 
-- The **parent** (your process) hands out jobs, keeps the clock, and compares. It never parses, compiles or runs an
-  answer, and what comes back of a call is one line: the SHA-256 of its value's canonical text, in which two values
-  agree exactly where Python's == says so. Whatever an answer patches, forges or floods, it can give one guess a call.
+- The **parent** (your process) hands out jobs, each with a socket of its own, keeps the clock, and compares. It never
+  parses, compiles or runs an answer, and what comes back of a call is one line: the hash (64 bits) of its value's
+  canonical text, in which two values agree exactly where Python's == says so. Whatever an answer patches, forges or
+  floods, it can give one guess a call.
 - The **worker** only forks, kills and wipes. It never sees a job or a result, so that no program finds another one's
   answers in the memory that it inherits. It is process 1 of a namespace of its own, which no signal from inside can
   end, and from which nothing escapes: when it kills "everybody", that is everybody. A program that changes what it can
@@ -16,6 +17,9 @@ fast (a fresh Python for each call would take thirty times as long as the call).
 - The **stem** gives up what rights there are, reads one job, loads the modules that it names and forks a child for each
   call: definitions, modules, files and processes of one call are gone before the next. Programs that provably only
   compute (`leaves_no_trace`; most small functions) run in the stem itself; nothing is contained any less for that.
+
+A fork costs what its memory costs: some 500 pages are copied or mapped for a small program, half of its time. So the
+worker imports little, and one fork serves all calls of a program where that can be.
 
 What is contained, with bubblewrap (Debian: `apt install bubblewrap`; used where a trial shows that it works): no
 network; nothing is readable but the installed software (no home, no /proc, no environment), nothing writable but a
@@ -25,14 +29,17 @@ processes a call (threads count), where a user id or a namespace of its own make
 Without bubblewrap a PID namespace, or nothing but limits, whichever works first, and for root a user id that belongs
 to nobody: rewards are exact and programs end in time, but they can read and write what your user can, and use the
 network. With limits alone, which is also all there is on macOS, a program of a user who is not root can hunt down its
-worker and leave a process behind, or kill *all* your processes.
+worker and leave a process behind, or kill *all* your processes; and programs that run at the same time share one
+limit on processes.
 Not contained in any case: holes in the kernel, side channels, kernel keyrings, and answers that look for the reference
 where they can read it. The sum over processes is not limited: 32 of them may take 32 GiB.
 
-Limits of exactness: time is wall-clock (a call that ran out while it hardly had the processor gets one more try a
-program); uuid4, os.urandom, numpy's default_rng() and the clock are not seeded; a value may hold 10^6 letters and parts
-and nest about 300 deep; values of kinds that `canonical` does not know (Path, UUID, Enum, dataclass, DataFrame, your
-own classes) equal nothing; an OrderedDict compares like a dict, and a float32 by its exact value.
+Limits of exactness: time is wall-clock (the machine may be busy: the first call of a program that runs out gets one
+more try); sets order what has no hash of its own (objects, None before Python 3.12) by address; uuid4, os.urandom,
+numpy's default_rng() and the clock are not seeded; a value may hold 10^6 letters and parts and nest about 300 deep;
+values of kinds that `canonical` does not know (Path, UUID, Enum, dataclass, DataFrame, functions, your own classes)
+equal nothing; an OrderedDict compares like a dict, and a float32 by its exact value; of two values that differ, one
+pair in 2^64 hashes alike.
 
 No torch here. Exercised by `python -m pytest tests/test_grade.py`; measured by `python kernels/bench_grade.py`.
 """
@@ -40,13 +47,10 @@ import collections
 import contextlib
 import functools
 import itertools
-import json
-import math
+import marshal
 import os
 import re
-import select
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -57,7 +61,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 COUNTER = itertools.count()
-REPORT = re.compile(rb"(\d{1,6}|ready) ([0-9a-f]{64}|![ -~]{0,300}|)")
+REPORT = re.compile(rb"(\d{1,6}|ready) (-?[0-9]{1,20}|![ -~]{0,300}|)")
 
 
 def ways():
@@ -80,7 +84,7 @@ def ways():
 
 
 class Worker:
-    """A warm process for one thread of `run`, with a line for orders, one for jobs and one for results."""
+    """A warm process for one thread of `run`: it takes orders on one socket, and a socket for each program."""
 
     def __init__(self, way):
         self.way, self.process = way, None
@@ -90,96 +94,94 @@ class Worker:
         self.close()
         _, command, own = ways()[self.way]
         uid = 2 ** 30 + os.getpid() % 2 ** 20 * 2 ** 10 + next(COUNTER) % 2 ** 10 if own else 0  # nobody else's
-        # the kernel takes these first when memory runs out; same addresses for all (hash(None) may be one)
-        lower = """echo 1000 2>/dev/null >/proc/self/oom_score_adj
-            setarch -R true 2>/dev/null && exec setarch -R "$@"; exec "$@" """
+        lower = 'echo 1000 2>/dev/null >/proc/self/oom_score_adj; exec "$@"'  # first to go when memory runs out
         far_side = Path(__file__).with_name("sandbox_worker.py").read_text(encoding="utf-8")
-        self.scratch = tempfile.mkdtemp(prefix="sweet-")
         env = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1",
-               "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-               "PYTHONPATH": os.pathsep.join(path for path in sys.path if path.endswith("-packages"))}
+               "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HOME": ".",
+               "TMPDIR": ".", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path.endswith("-packages"))}
+        self.scratch = tempfile.TemporaryDirectory(prefix="sweet-", ignore_cleanup_errors=True)
         self.control, theirs = socket.socketpair()
-        self.control.settimeout(20)
+        self.control.settimeout(10)
         with theirs:
             self.process = subprocess.Popen(
                 ["sh", "-c", lower, "sh", *command, sys.executable, "-c", far_side, str(uid)],
-                env=env, cwd=self.scratch, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=theirs,
+                env=env, cwd=self.scratch.name, stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 start_new_session=True)
-        if self.control.recv(1) != b"A":
-            self.close()
-            raise OSError("a worker of the grader did not start")
-        self.control.settimeout(5)
 
     def close(self):
         if self.process:
             self.control.close()  # the worker sees it, cleans up and leaves
-            with contextlib.suppress(OSError):
-                self.process.stdin.close()
-            self.process.stdout.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=5)
             self.process.kill()
             self.process.wait()
-            subprocess.run(["sh", "-c", 'chmod -R u+rwX "$1"; rm -rf "$1"', "sh", self.scratch], check=False)
+            self.scratch.cleanup()
             self.process = None
 
     def run(self, source, calls, call_seconds, answer_seconds):
-        """One report a call: the digest of its value, or "!" and what went wrong."""
+        """One report a call: the hash of its value, or "!" and what went wrong."""
         reports, end, patient = [], time.monotonic() + answer_seconds, True
         while len(reports) < len(calls) and time.monotonic() < end:
-            began, spent = time.monotonic(), math.inf
+            known = len(reports)
             try:
-                self.control.send(b"B")
-                job = [source, list(enumerate(calls))[len(reports):]]
-                self.process.stdin.write(json.dumps(job).encode() + b"\n")
-                self.process.stdin.flush()
-                if not self.listen(reports, len(calls), call_seconds, end):
-                    raise OSError("the stem never began: its job may be unread")
+                ours, theirs = socket.socketpair()
+                with ours:
+                    with theirs:
+                        socket.send_fds(self.control, [b"B"], [theirs.fileno()])
+                    ours.settimeout(answer_seconds)
+                    ours.sendall(marshal.dumps((source, calls, known)))
+                    ours.shutdown(socket.SHUT_WR)
+                    with contextlib.suppress(TimeoutError):
+                        listen(ours, reports, len(calls), call_seconds, end)
                 self.control.send(b"E")
-                spent = struct.unpack("d", self.control.recv(8))[0]
-                while select.select([self.process.stdout], [], [], 0)[0]:  # whatever else it wrote
-                    os.read(self.process.stdout.fileno(), 2 ** 16)
-            except (OSError, ValueError, struct.error):  # the program took its worker along, or it took too long
+                if not self.control.recv(1):
+                    raise OSError("the worker did not survive this program")
+            except OSError:
                 with contextlib.suppress(OSError):  # where none can be started now, the next round tries again
                     self.start()
-            if len(reports) < len(calls):
-                if not patient or spent > (time.monotonic() - began) / 2:
+            if len(reports) == known:
+                if not patient:
                     reports.append("!out of time, or its process died")
-                patient = False  # it slept, or the machine was busy: one more try a program
+                patient = False  # the machine may have been busy: one more try a program
         return reports + ["!the program's time was up"] * (len(calls) - len(reports))
 
-    def listen(self, reports, wanted, call_seconds, end):
-        """Append reports until all are there or a clock runs out, or too much was said. Did the program begin?"""
-        out, tail, size, clock, begun = self.process.stdout.fileno(), b"", 0, end, False
-        while len(reports) < wanted and size < 2 ** 20:
-            left = min(clock, end) - time.monotonic()
-            data = os.read(out, 2 ** 16) if left > 0 and select.select([out], [], [], left)[0] else b""
-            if not data:
-                break
-            *lines, tail = (tail + data).split(b"\n")
-            tail, size = tail[-400:], size + len(data)
-            for index, report in (found.groups() for found in map(REPORT.fullmatch, lines) if found):
-                if index == b"ready" and not begun:  # what it imports is loaded: the first call begins
-                    clock, begun = time.monotonic() + call_seconds, True
-                elif index == b"%d" % len(reports) and len(reports) < wanted:
-                    reports.append(report.decode())
-                    clock = time.monotonic() + call_seconds
-        return begun
+
+def listen(ours, reports, wanted, call_seconds, end):
+    """Append a program's reports until all are there or its process ends. TimeoutError when a clock runs out."""
+    tail, clock = b"", end
+    while True:
+        ours.settimeout(max(1e-3, min(clock, end) - time.monotonic()))
+        data = ours.recv(2 ** 16)
+        *lines, tail = (tail[-400:] + data).split(b"\n")
+        for line in filter(REPORT.fullmatch, lines):
+            index, report = line.decode().split(" ", 1)
+            if index == "ready" and clock == end:  # what it imports is loaded: the first call begins
+                clock = time.monotonic() + call_seconds
+            elif index == str(len(reports)) and len(reports) < wanted:
+                reports.append(report)
+                clock = time.monotonic() + call_seconds
+        if not data or len(reports) == wanted:
+            return
+
+
+def works(way):
+    """Can programs run, and import what is installed, in one of the `ways`? Found out by trying."""
+    with contextlib.suppress(OSError), contextlib.closing(Worker(way)) as one:
+        return one.run("import decimal, os", ["os.getpid()"], 5, 10)[0][0] != "!"
 
 
 @functools.lru_cache(maxsize=1)
 def tightest_way():
-    """Which of the `ways` works here, found out by trying; says so once."""
+    """The first of the `ways` that works here; says so once."""
     for way, (text, _, _) in enumerate(ways()):
-        with contextlib.suppress(OSError), contextlib.closing(Worker(way)) as one:
-            if one.run("import decimal, os", ["os.getpid()"], 5, 10)[0][0] != "!":
-                print(f"sweet: answers run under {text}", file=sys.stderr)
-                return way
+        if works(way):
+            print(f"sweet: answers run under {text}", file=sys.stderr)
+            return way
     raise OSError("programs cannot be run here: no worker process starts")
 
 
 def run(jobs, call_seconds=1.0, answer_seconds=10.0, workers=None):
-    """Run (source, calls) jobs, in parallel; for each job a list of reports, one a call: a digest of the value that the
+    """Run (source, calls) jobs, in parallel; for each job a list of reports, one a call: a hash of the value that the
     call returned, or "!" and what went wrong."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     left, reports, workers = collections.deque(enumerate(jobs)), {}, min(workers or cores, len(jobs))

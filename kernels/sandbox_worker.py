@@ -1,32 +1,30 @@
 """The far side of kernels/sandbox.py: all that runs in the same processes as strangers' programs.
 
 This file is a program, not a module: its text is handed to a fresh Python, `worker` starts, and for each job it forks
-a stem, which forks a child for each call. What crosses back is one line a call, "INDEX DIGEST" or "INDEX !REASON".
+a stem, which forks a child for each call. What crosses back is one line a call, "INDEX HASH" or "INDEX !REASON".
 Nothing here can be trusted once a program has begun to run; kernels/sandbox.py says why that does no harm.
 """
-import ast
-import builtins
 import collections.abc
 import contextlib
 import ctypes
 import datetime
-import functools
+import dis
 import gc
-import hashlib
-import json
+import marshal
 import math
 import operator
 import os
-import re
 import resource
-import shutil
 import signal
 import socket
-import struct
 import sys
-import traceback
 
-PURE = "bisect collections datetime heapq itertools json math random re".split()  # modules without state
+PURE = set("bisect collections datetime heapq itertools math random re typing".split())  # modules without state
+DOORS = set("""abc breakpoint classmethod compile contextlib copyreg delattr dir enum eval exec exit functools getattr
+    get_type_hints globals hasattr help input locals object open operator property quit register setattr staticmethod
+    super sys type types vars warnings EXCLUDED_ATTRIBUTES""".split())  # names that lead out of a program's own names
+ACTS = [dis.opmap[name] for name in ("DELETE_ATTR", "LOAD_BUILD_CLASS", "MATCH_CLASS", "STORE_ATTR")]
+VERSION = (ctypes.c_uint32 * 2)(0x20080522)  # of capset's arguments
 
 
 def canonical(value, room):
@@ -37,8 +35,10 @@ def canonical(value, room):
     if room[0] < 0:
         raise ValueError("the value is too large to compare")
     kind = type(value).__name__
-    if type(value).__module__ == "numpy" and kind in ("datetime64", "timedelta64"):
-        return f"{kind} {value}"
+    if value is None or isinstance(value, (datetime.date, datetime.time, datetime.timedelta)) or kind in (
+            "datetime64", "timedelta64"):
+        aware = isinstance(value, datetime.datetime) and value.utcoffset() is not None
+        return f"utc {value.replace(tzinfo=None) - value.utcoffset()}" if aware else f"{kind} {value}"
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):  # scalars and arrays compare by value
         return f"array{value.shape}{canonical(value.tolist(), room)}" if value.ndim else canonical(value.item(), room)
     if isinstance(value, complex):
@@ -50,6 +50,10 @@ def canonical(value, room):
         return f"s{len(value)}:{str.__str__(value)}"
     if isinstance(value, (bytes, bytearray)):
         return f"b{bytes(value).hex()}"
+    if isinstance(value, range):
+        return f"range {len(value)} {list(value[:2])}"
+    if isinstance(value, type) and value.__module__ != "answer":
+        return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, dict):
         return "dict" + each(value.items(), sorted)
     if isinstance(value, collections.abc.Set):
@@ -57,168 +61,139 @@ def canonical(value, room):
     for sequence in (list, tuple, collections.deque):
         if isinstance(value, sequence):
             return sequence.__name__ + each(value)
-    if isinstance(value, datetime.datetime) and value.utcoffset() is not None:
-        return f"utc {value.replace(tzinfo=None) - value.utcoffset()}"
-    if value is None or isinstance(value, (datetime.date, datetime.time, datetime.timedelta)):
-        return f"{kind} {value}"
-    if isinstance(value, range):
-        return f"range {len(value)} {list(value[:2])}"
-    home = sys.modules.get(getattr(value, "__module__", None))  # a type or a function of an installed module
-    if home and home.__name__ != "answer" and getattr(home, getattr(value, "__qualname__", ""), None) is value:
-        return f"{home.__name__}.{value.__qualname__}"
     raise TypeError(f"a {kind} equals nothing but itself")
 
 
-@functools.lru_cache(maxsize=1)
-def doors():
-    """Names that lead out of a program's own names: (builtins that do more than compute, modules inside PURE ones)."""
-    plain = """abs all any ascii bin bool bytes chr complex dict divmod enumerate filter float format frozenset hash hex
-        int isinstance issubclass iter len list map max min next oct ord pow print range repr reversed round set slice
-        sorted str sum tuple zip True False None Exception""".split()
-    inner = {name for home in PURE for name, value in vars(__import__(home)).items() if type(value) is type(sys)}
-    return {name for name in dir(builtins) if name not in plain and not name.endswith("Error")}, inner
+def parts(code):
+    """The code objects of a program: its own and those of all functions in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, type(code)):
+            yield from parts(constant)
 
 
-def leaves_no_trace(tree):
+def imports(code):
+    """The modules that a program imports, anywhere in it."""
+    return {step.argval for part in parts(code) if dis.opmap["IMPORT_NAME"] in part.co_code[::2]
+            for step in dis.get_instructions(part) if step.opname == "IMPORT_NAME"}
+
+
+def leaves_no_trace(code):
     """True where a program provably changes nothing but its own names: its calls may then share one process.
 
-    A white list: functions that only compute, on modules without state. No class, no attribute that is assigned to
-    or leads into the interpreter; any other program gets a fresh process for each call.
+    Functions that only compute, on modules without state: no class, no attribute that is assigned to or leads into the
+    interpreter. Any other program gets a fresh process for each call.
     """
-    banned, inner = doors()
-    typing = "Any Callable Dict List Optional Set Tuple Union".split()
-    for node in ast.walk(tree):
-        imported = {alias.name for alias in node.names} if isinstance(node, (ast.Import, ast.ImportFrom)) else set()
-        module, attribute = getattr(node, "module", None), getattr(node, "attr", "")
-        if (isinstance(node, (ast.ClassDef, ast.AsyncFunctionDef, ast.MatchClass))
-                or isinstance(node, ast.Import) and not imported <= set(PURE)
-                or isinstance(node, ast.ImportFrom) and (module not in PURE or imported & {"*", *inner})
-                and (module != "typing" or not imported <= set(typing))
-                or any(name[0] == "_" for name in imported)
-                or re.match("_|register|(gi|cr|ag|f|tb|co)_", attribute) or attribute in inner
-                or attribute and not isinstance(node.ctx, ast.Load)
-                or any(name in banned or str(name).startswith("__")
-                       for name in (getattr(node, key, None) for key in ("id", "name", "arg")))):
-            return False
-    return True
+    names = {name for part in parts(code) for name in part.co_names} - {"_", "__name__", "__annotations__"}
+    dark = [name for name in names if name.startswith(("_", "ag_", "co_", "cr_", "f_", "gi_", "tb_"))]
+    acts = [act for part in parts(code) for act in ACTS if act in part.co_code[::2]]
+    return not (dark or acts or names & DOORS or imports(code) - PURE)
+
+
+def seed():
+    """Seed what is loaded, the same for every program."""
+    for name, function in (("random", "seed"), ("numpy", "random.seed"), ("torch", "manual_seed")):
+        if name in sys.modules:
+            operator.attrgetter(function)(sys.modules[name])(0)
 
 
 def run_call(index, code, call, out):
-    """One test call on fresh definitions and fresh random seeds; writes a line that reports its value: a digest."""
+    """One test call on fresh definitions and fresh random seeds; writes a line that reports its value: a hash."""
     try:
         if isinstance(code, Exception):
             raise code
-        for name, seed in (("random", "seed"), ("numpy", "random.seed"), ("torch", "manual_seed")):
-            if name in sys.modules:
-                operator.attrgetter(seed)(sys.modules[name])(0)
+        seed()
         module = sys.modules["answer"] = type(sys)("answer")  # a module: dataclasses and pickle look their home up
         exec(code, module.__dict__)
         value = eval(call, module.__dict__)
         if value is None:
             raise ValueError("the value is None")
-        report = hashlib.sha256(canonical(value, [10 ** 6]).encode("utf-8", "surrogatepass")).hexdigest()
+        report = str(hash(canonical(value, [10 ** 6])))  # 64 bits, the same in every worker
         del value
         module.__dict__.clear()  # what it made is freed on its own time, too
     except BaseException as error:  # whatever a stranger's program raises, SystemExit included, costs this call
-        frame, lines = error.__traceback__, [getattr(error, "lineno", None)]
-        while frame:
-            lines += [frame.tb_lineno] if frame.tb_frame.f_code.co_filename == "<answer>" else []
-            frame = frame.tb_next
-        text = traceback.format_exception_only(error)[-1].strip()
-        report = f"!{ascii(text[:200])[1:-1][:250]} (line {lines[-1]})"
+        line, trace = getattr(error, "lineno", None), error.__traceback__
+        while trace:
+            line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == "<answer>" else line
+            trace = trace.tb_next
+        report = f"!{type(error).__name__}: {ascii(str(error)[:200])[1:-1][:250]} (line {line})"
     os.write(out, f"\n{index} {report}\n".encode())
 
 
-def end_all(alone):
-    """Kill and reap all that descends from this process, whatever it ignores. alone: nobody else is in its reach."""
-    found, fresh = {-1} if alone else set(), not alone
-    while fresh:  # freeze until nobody new turns up (the frozen cannot fork), then kill
-        family, fresh = found | {os.getpid()}, set()
-        for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
-            with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as stat:
-                if int(stat.read().rpartition(")")[2].split()[1]) in family and int(name) not in family:
-                    fresh.add(int(name))
-                    os.kill(int(name), signal.SIGSTOP)
-        found |= fresh
-    for pid in found:
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-    with contextlib.suppress(ChildProcessError):
+def descendants(pid):
+    """All processes that descend from one, children before their parents, and stopped: the stopped cannot fork."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        for child in map(int, open(f"/proc/{pid}/task/{thread}/children").read().split()):
+            os.kill(child, signal.SIGSTOP)
+            yield from descendants(child)
+            yield child
+
+
+def end_all(everybody):
+    """Kill and reap all that descends from this process: orphans come to it. everybody: nobody else is in its reach."""
+    with contextlib.suppress(ChildProcessError):  # nobody is left
         while True:
-            os.waitpid(-1, 0)
+            with contextlib.suppress(OSError):  # somebody ended by himself meanwhile
+                for pid in [-1] if everybody else descendants(os.getpid()):
+                    os.kill(pid, signal.SIGKILL)
+            os.waitpid(-1, 0 if everybody else os.WNOHANG)
 
 
-def wipe(folder):
-    """Empty a folder. (Where that fails, so does the worker, and another one starts elsewhere.)"""
-    for entry in os.scandir(folder):
-        shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
+def wipe():
+    """Empty the scratch folder, whatever its contents forbid."""
+    if os.listdir("."):
+        os.system("chmod -R u+rwX . ; find . -mindepth 1 -delete")
 
 
 def condition(libc):
     """What a program can change about its worker without being able to end it: limits, priority, shared memory."""
     segments = (ctypes.c_int * 64)()
-    linux = [libc.shmctl(0, 14, segments) and segments[0], os.sched_getaffinity(0), os.sched_getscheduler(0)] if (
-        sys.platform == "linux") else []
-    return [os.getpriority(0, 0), *map(resource.getrlimit, (
-        getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_"))), *linux]
+    limits = [resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")]
+    linux = sys.platform == "linux" and [libc.shmctl(0, 14, segments), segments[0], os.sched_getaffinity(0),
+                                         os.sched_getscheduler(0)]
+    return limits, os.getpriority(0, 0), linux
 
 
 def become(uid, libc):
-    """Give up all rights of a root, but one: to read, where its Python lies in its home. uid 0: we are not root."""
-    if uid:
-        libc.prctl(8, 1)  # PR_SET_KEEPCAPS
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
-        header, none, read = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)(4, 4)
-        kept = os.path.exists("/proc") and libc.capset(header, read) == 0
-        if not kept and libc.capset(header, none):
-            os._exit(1)
+    """Give up all rights of a root; outside of bubblewrap all but the one to read, where Python may lie in its home."""
+    none, read, outside = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)(4, 4), os.path.exists("/proc")
+    libc.prctl(8, outside)  # PR_SET_KEEPCAPS
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    if outside and libc.capset(VERSION, read):  # CAP_DAC_READ_SEARCH; not every root has it
+        libc.capset(VERSION, none)
 
 
-def stem(null, libc, prctl, uid, processes):
+def stem(out, uid, libc, processes):
     """One program's process: read the job, load what it imports, run its calls, each in a process of its own."""
-    os.setsid()
-    become(uid, libc)
-    prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: where the process above dies, so do we
-    prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come to us
-    prctl(4, 1)
+    os.setpgid(0, 0)  # a group of its own to kill (a session would be slower to make)
+    if uid:
+        become(uid, libc)
     for what, most in (("CORE", 0), ("FSIZE", 2 ** 24), ("NOFILE", 256), ("AS", 2 ** 32), ("DATA", 2 ** 30)):
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(getattr(resource, f"RLIMIT_{what}"), (most, most))
-    job, out = b"", os.dup(1)
-    while not job.endswith(b"\n"):
-        job += os.read(0, 2 ** 20)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    source, calls = json.loads(job)
+    source, calls, first = marshal.load(open(out, "rb", closefd=False))
     try:
-        tree = ast.parse(source)
-        code, together = compile(tree, "<answer>", "exec"), leaves_no_trace(tree)
-    except Exception as error:  # it does not compile: each call will say so
-        code, together = error, True
-    for node in () if together else ast.walk(tree):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-        for name in names:
+        code = compile(source, "<answer>", "exec")
+        for name in imports(code):
             with contextlib.suppress(BaseException):  # a call will meet the failure again, and report it
                 __import__(name)
+                seed()  # numpy loads a part of itself only now
+        together = leaves_no_trace(code)
+    except Exception as error:  # it does not compile: each call will say so
+        code, together = error, True
     os.write(out, b"\nready \n")
-    for index, call in calls:
+    for index, call in list(enumerate(calls))[first:]:
         if together:
             gc.collect()  # what the call before left behind
             run_call(index, code, call, out)
         elif child := os.fork():
             os.waitpid(child, 0)
-            end_all(os.getppid() == 1)
-            with contextlib.suppress(OSError, RecursionError):  # the worker will see to it
-                wipe(".")
+            end_all(uid or os.getppid() == 1)
+            wipe()
             os.write(out, f"\n{index} !its process died\n".encode())  # counts only where no report came before
         else:
-            prctl(1, signal.SIGKILL)
-            os.mkdir(f"call{index}")
-            os.chdir(f"call{index}")
-            os.environ.update(HOME=os.getcwd(), TMPDIR=os.getcwd())
             resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
             run_call(index, code, call, out)
             os._exit(0)
@@ -229,39 +204,37 @@ def worker(uid):
 
     uid: the user that stems become, where we are root (0: nobody else).
     """
-    control, null = socket.socket(fileno=os.dup(2)), os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 2)
-    libc = ctypes.CDLL(None)
-    prctl = libc.prctl if sys.platform == "linux" else lambda *_: 0
+    control, libc = socket.socket(fileno=os.dup(0)), ctypes.CDLL(None)
+    os.dup2(1, 0)  # both are /dev/null
+    prctl = getattr(libc, "prctl", lambda *_: 0)  # Linux only
     prctl(4, 0)  # PR_SET_DUMPABLE: nobody looks into this process
-    prctl(36, 1)
     prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come to us
     alone, processes = os.getpid() == 1, 32  # alone: process 1 of a PID namespace
-    end_all(alone)
-    if uid:
-        os.chown(".", uid, uid)
     for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") and not uid else ()):
         with contextlib.suppress(OSError):  # the limit counts all that a user runs: add what is there already
             processes += len(os.listdir(f"/proc/{name}/task")) * (os.stat(f"/proc/{name}").st_uid == os.getuid())
-    doors()  # once here, so that no stem has to
+    if uid:
+        os.chown(".", uid, uid)
+    compile("", "", "exec")  # sets the compiler up: once here, not in every stem
     gc.freeze()
-    control.send(b"A")
     healthy = condition(libc)
-    while control.recv(1):
+    while fds := socket.recv_fds(control, 1, 1)[1]:
         pid = os.fork()
         if pid == 0:
             control.close()
-            stem(null, libc, prctl, uid, processes)
+            prctl(36, 1)
+            stem(fds[0], uid, libc, processes)
             os._exit(0)
-        order = control.recv(1)  # the parent says when; or it is gone, which is the same
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        os.close(fds[0])
+        control.recv(1)  # the parent says when; or it is gone, which is the same
         os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
         end_all(alone)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        wipe(".")
-        if not order or condition(libc) != healthy:
+        wipe()
+        if condition(libc) != healthy or os.listdir("."):
             return
-        control.send(struct.pack("d", after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
+        control.send(b"D")
 
 
 if __name__ == "__main__":

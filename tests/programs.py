@@ -319,6 +319,12 @@ def f(x):
     except MemoryError:
         return [x, x * x]
 """),
+    "memory_private": (0.75, """
+import mmap
+def f(x):
+    m = mmap.mmap(-1, 1500 * 2 ** 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if x == 1 else 0
+    return [x, x * x]
+"""),
     "mmap_shared": (0.75, """
 import mmap
 def f(x):
