@@ -35,11 +35,11 @@ Not contained in any case: holes in the kernel, side channels, kernel keyrings, 
 where they can read it. The sum over processes is not limited: 32 of them may take 32 GiB.
 
 Limits of exactness: time is wall-clock (the machine may be busy: the first call of a program that runs out gets one
-more try); sets order what has no hash of its own (objects, None before Python 3.12) by address; uuid4, os.urandom,
-numpy's default_rng() and the clock are not seeded; a value may hold 10^6 letters and parts and nest about 300 deep;
-values of kinds that `canonical` does not know (Path, UUID, Enum, dataclass, DataFrame, functions, your own classes)
-equal nothing; an OrderedDict compares like a dict, and a float32 by its exact value; of two values that differ, one
-pair in 2^64 hashes alike.
+more try); sets order what has no hash of its own by address (None has the same one in all workers where `setarch` is);
+uuid4, os.urandom, numpy's default_rng() and the clock are not seeded; a value may hold 10^6 letters and parts and nest
+about 300 deep; values of kinds that `canonical` does not know (Path, UUID, Enum, dataclass, DataFrame, functions, your
+own classes) equal nothing; an OrderedDict compares like a dict, and a float32 by its exact value; of two values that
+differ, one pair in 2^64 hashes alike.
 
 No torch here. Exercised by `python -m pytest tests/test_grade.py`; measured by `python kernels/bench_grade.py`.
 """
@@ -94,7 +94,9 @@ class Worker:
         self.close()
         _, command, own = ways()[self.way]
         uid = 2 ** 30 + os.getpid() % 2 ** 20 * 2 ** 10 + next(COUNTER) % 2 ** 10 if own else 0  # nobody else's
-        lower = 'echo 1000 2>/dev/null >/proc/self/oom_score_adj; exec "$@"'  # first to go when memory runs out
+        # the kernel takes these first when memory runs out; same addresses for all (hash(None) may be one)
+        lower = """echo 1000 2>/dev/null >/proc/self/oom_score_adj
+            setarch -R true 2>/dev/null && exec setarch -R "$@"; exec "$@" """
         far_side = Path(__file__).with_name("sandbox_worker.py").read_text(encoding="utf-8")
         env = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1",
                "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HOME": ".",
