@@ -160,10 +160,13 @@ def play_out(model, tokenizer, envs, human, keys, *, temperature=1.0, top_p=1.0,
             break
         prompts = [tuple(render(tokenizer, envs[i].messages)[0]) for i in live]
         if growing is None:  # remembers what it has read, so that a turn reads only what is new
-            growing, seats = branches(model, prompts, alone=True), {i: seat for seat, i in enumerate(live)}
+            growing, seats, read = branches(model, prompts, alone=True), {i: seat for seat, i in enumerate(live)}, {}
+        if any(prompt[:len(read.get(i, ()))] != read.get(i, ()) for i, prompt in zip(live, prompts)):
+            raise InputError("the human changed what was said before; reply() must leave the dialogues as they are")
         turns = sample(model, tokenizer, prompts, [(keys[i], envs[i].turns) for i in live], temperature=temperature,
                        top_p=top_p, max_tokens=max_tokens, growing=growing, seats=[seats[i] for i in live])
         for i, prompt, output_ids in zip(live, prompts, turns):
+            read[i] = (*prompt, *output_ids)
             texts = {"input": tokenizer.decode(prompt), "output": tokenizer.decode(output_ids)}
             envs[i].step(turn_text(tokenizer, output_ids), **texts, output_ids=output_ids)
         live = [i for i in live if envs[i].answer is None]

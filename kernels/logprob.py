@@ -35,31 +35,34 @@ WORTH = 0.8  # trees have to save a fifth of the tokens, padding included
 
 
 def _exponentials(hidden_ND, weight_VD, targets_N):
-    """exp(logits - max) of every row, their sum, and the log-prob of its target. bf16 is summed in fp32."""
+    """exp(logits - max) of every row but for its target, where a 0 stands, the sum with the target, and the target's
+    log-prob. bf16 is summed in fp32."""
     logits_NV = (hidden_ND @ weight_VD.T).to(torch.promote_types(hidden_ND.dtype, torch.float32))
     chosen_N1, max_N1 = logits_NV.gather(-1, targets_N[:, None]), logits_NV.amax(-1, keepdim=True)
     exp_NV = logits_NV.sub_(max_N1).exp_()
     sum_N1 = exp_NV.sum(-1, keepdim=True)
-    return exp_NV, sum_N1, (chosen_N1 - max_N1 - sum_N1.log()).squeeze(-1)
+    return exp_NV.scatter_(-1, targets_N[:, None], 0.0), sum_N1, chosen_N1 - max_N1 - sum_N1.log()
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """log softmax(h W^T)[y], a chunk of rows at a time, with the gradient written out. W_y is row y of W:
+    """log softmax(h W^T)[y], a chunk of rows at a time, with the gradient written out. p are the probabilities of a
+    row, and W_y is row y of W:
 
-        d logp / d h = W_y - softmax W,     d logp / d W = (onehot(y) - softmax)^T h,     softmax = exp / sum
+        d logp / d h = (1 - p_y) W_y - sum_{v != y} p_v W_v,   d logp / d W_v = (1 - p_y if v == y else -p_v) h
 
-    The first `keep` chunks leave their exponentials for the backward pass, the others compute them again.
+    (W_y - sum_v p_v W_v is the same, but in bf16 the difference of two numbers that are nearly equal when p_y is near
+    1.) The first `keep` chunks leave their exponentials for the backward pass, the others compute them again.
     """
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, chunk, keep):
         ctx.chunk, kept, logprobs = chunk, [], []
         for i, (h, y) in enumerate(zip(hidden_ND.split(chunk), targets_N.split(chunk))):
-            exp, total, logprob = _exponentials(h, weight_VD, y)
-            logprobs.append(logprob)
+            parts = _exponentials(h, weight_VD, y)
+            logprobs.append(parts[2].squeeze(-1))
             if i < keep:
-                kept += [exp, total]
-            del exp  # before the next one is made
+                kept += parts
+            del parts  # before the next ones are made
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, *kept)
         return torch.cat(logprobs)
 
@@ -70,12 +73,12 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=grad_N.dtype) if ctx.needs_input_grad[1] else None
         for i, rows in enumerate(torch.arange(len(targets_N), device=hidden_ND.device).split(ctx.chunk)):
             h, y, g = hidden_ND[rows], targets_N[rows], grad_N[rows, None]
-            exp, total = kept[2 * i:2 * i + 2] or _exponentials(h, weight_VD, y)[:2]
-            mean_ND = exp.to(weight_VD.dtype) @ weight_VD / total
-            grad_hidden[rows] = (g * (weight_VD[y] - mean_ND)).to(h.dtype)
+            exp, total, logprob = kept[3 * i:3 * i + 3] or _exponentials(h, weight_VD, y)
+            rest = -torch.expm1(logprob)  # 1 - p_y
+            grad_hidden[rows] = (g * (rest * weight_VD[y] - exp.to(weight_VD.dtype) @ weight_VD / total)).to(h.dtype)
             if grad_weight is not None:
                 grad_weight.addmm_(exp.T, h * (g / total), alpha=-1)
-                grad_weight.index_add_(0, y, h * g)
+                grad_weight.index_add_(0, y, h * (g * rest))
             del exp
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None, None
 
@@ -94,7 +97,7 @@ def token_logprobs(hidden_ND, weight_VD, targets_N, chunk=None, keep=4):
 
     hidden_ND: final hidden states; weight_VD: the head; targets_N: token ids. Returns logprobs_N in at least fp32.
     chunk: rows at a time; as many as make 4 million logits unless given. keep: how many chunks stay in memory until
-    the backward pass (64 MB in all), which takes a fourth of its work away. On CUDA this is a Triton kernel where
+    the backward pass (64 MB in all), which need not compute them again. On CUDA this is a Triton kernel where
     Triton is installed and the dtype is one that it takes.
     """
     if chunk is None and _use_triton(hidden_ND, weight_VD):
@@ -128,8 +131,9 @@ def lay_out(model, examples):
     """The batch of a list of (input_ids, turn_ids): trees on the distinct prefixes, or a row for each example
     (`collate`) where the model cannot share, or where trees would hardly be smaller."""
     prefixes = [_prefix(example) for example in examples]
+    lengths = [len(input_ids) - len(prefix) for prefix, (input_ids, _) in zip(prefixes, examples)]
     rows, inside = {}, max(map(len, prefixes)) <= SHORT
-    for b, (key, (input_ids, turn_ids)) in enumerate(zip(share(prefixes), examples)):
+    for b, (key, (input_ids, turn_ids)) in enumerate(zip(share(prefixes, lengths), examples)):
         n = len(key[0])
         row = rows.setdefault(key, ([*key[0]], [0] * n, [0] * n) if inside else ([], [], []))
         row[0].extend(input_ids[n:])
@@ -197,7 +201,10 @@ def reference_sums(model, examples, batch_tokens=16384, label=None):
     order = sorted(first.values(), key=lambda i: (len(prefixes[i]), prefixes[i], len(examples[i][0])))
     with tqdm(total=len(order), desc=f"{label or '':>12}", disable=label is None, mininterval=0.5) as bar:
         while order:
-            tokens = list(itertools.accumulate(len(examples[i][0]) for i in order))
+            new = [len(examples[i][0]) for i in order]
+            for k, (before, i) in enumerate(zip(order, order[1:]), 1):
+                new[k] -= len(prefixes[i]) * (prefixes[i] == prefixes[before])  # a prefix counts once
+            tokens = list(itertools.accumulate(new))
             n = max(1, bisect.bisect_right(tokens, batch_tokens))
             batch, order = order[:n], order[n:]
             rows, _ = turn_logprobs(model, lay_out(model, [examples[i] for i in batch]))

@@ -4,7 +4,7 @@ The cost of the method is long prefixes that are shared: sixteen candidates of o
 turn of one prompt, ten turns of one dialogue, each critic call with the reference in front. A causal model's keys and
 values of a prefix do not depend on what follows, so they can be computed once and kept. The whole of this idea is the
 class `Tree`; scoring and DPO (through `kernels.logprob.lay_out`), candidates and rollouts (through `branches` and
-`actor.sample`) all use it, and none of them gets another number from it.
+`actor.sample`) all use it, and rounding aside none of them gets another number from it.
 
 `use_plain_path(True)` (the flag --plain) switches it off, and with it the savings of kernels/logprob.py: every sequence
 in full, the model's own logits at every position. It is what one would write first, what the tests compare with, and
@@ -17,10 +17,9 @@ D hidden, V vocabulary.
 """
 import inspect
 import sys
-from collections import Counter
 
 import torch
-import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 _plain, _said = False, set()
 
@@ -43,17 +42,21 @@ def say_once(text):
 
 @torch.no_grad()
 def head_is_plain(model):
-    """True when the model's logits are hidden @ weight.T and nothing more (no bias, scale or soft-capping): seen, not
-    assumed."""
+    """True when the model's logits are hidden @ weight.T and nothing more (no bias, scale or soft-capping): seen on a
+    probe, in which the head says 1000 to everything, not assumed."""
     if not hasattr(model, "_head_is_plain"):
-        head = model.get_output_embeddings()
-        probe = torch.arange(min(8, model.config.get_text_config().vocab_size), device=head.weight.device)[None]
-        own = model(input_ids=probe).logits.float()
-        ours = (model.base_model(input_ids=probe).last_hidden_state @ head.weight.T).float()
-        same = own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-3, atol=1e-3)
-        model._head_is_plain = same and getattr(head, "bias", None) is None
+        head, seen = model.get_output_embeddings(), {}
+        hooks = [model.base_model.register_forward_hook(lambda module, inputs, out: seen.update(body=out[0])),
+                 head.register_forward_hook(lambda module, inputs, out: seen.update(head=inputs[0])
+                                            or torch.full_like(out, 1000.0))]
+        vocab = model.config.get_text_config().vocab_size
+        logits = model(input_ids=torch.arange(min(8, vocab), device=head.weight.device)[None]).logits
+        for hook in hooks:
+            hook.remove()
+        unchanged = "body" in seen and torch.equal(seen["body"], seen["head"]) and bool((logits == 1000.0).all())
+        model._head_is_plain = unchanged and type(head) is torch.nn.Linear and head.bias is None
         if not model._head_is_plain:
-            print(f"note: {type(model).__name__} changes its logits after the head; using its own head (more memory)")
+            say_once(f"{type(model).__name__} changes its logits beside the head; using its own head (more memory)")
     return model._head_is_plain
 
 
@@ -84,7 +87,7 @@ class Tree:
         self.model, self.cache = model, DynamicCache()
         self.rows_R = torch.arange(len(prefixes), device=device)  # the rows that still have live branches
         self.row_B = self.rows_R if row_B is None else torch.tensor(row_B, device=device)
-        self.parked = [] if row_B is None else None
+        self.parked = {} if row_B is None else None
         length_R1 = torch.tensor([[len(prefix)] for prefix in prefixes], device=device)
         self.owner_RS = -(torch.arange(width, device=device) >= length_R1).long()
         if width:  # right-padded under causal attention: no mask is needed
@@ -98,9 +101,10 @@ class Tree:
         self.owner_RS = torch.cat([self.owner_RS, owner_RC], 1)
         see_RCS = (self.owner_RS[:, None] == 0) | (self.owner_RS[:, None] == owner_RC[:, :, None])
         see_RCS = see_RCS.tril(see_RCS.shape[2] - see_RCS.shape[1])
+        position_RC = (see_RCS.sum(-1) - 1) * (owner_RC >= 0)  # padding stays within the context
         mask_RCS = torch.zeros(see_RCS.shape, dtype=self.model.dtype, device=see_RCS.device)
         mask_RCS.masked_fill_(~see_RCS, torch.finfo(self.model.dtype).min)
-        return {"input_ids": input_ids_RC, "position_ids": see_RCS.sum(-1) - 1, "attention_mask": mask_RCS[:, None],
+        return {"input_ids": input_ids_RC, "position_ids": position_RC, "attention_mask": mask_RCS[:, None],
                 "past_key_values": self.cache, "use_cache": True}
 
     def step(self, live_N, token_N, wanted=slice(None)):
@@ -122,55 +126,54 @@ class Tree:
         return self.model(**inputs).logits[where]
 
     def _leave(self, stays_R):
-        """Rows without a live branch leave the batch; what is in their cache is parked if they may come back."""
-        if self.parked is not None:
-            self.parked.append((self.rows_R[~stays_R], self.owner_RS[~stays_R],
-                                [(layer.keys[~stays_R], layer.values[~stays_R]) for layer in self.cache.layers]))
+        """Rows without a live branch leave the batch; if they may come back, what their tokens left in the cache is
+        parked, a row at a time and without its gaps."""
+        gone = [(r, row, self.owner_RS[r] >= 0) for r, row in enumerate(self.rows_R.tolist()) if not stays_R[r]]
+        for layer in self.cache.layers:  # one by one: never more than one layer twice in memory
+            for r, row, used in gone if self.parked is not None else ():
+                self.parked.setdefault(row, []).append((layer.keys[r][:, used], layer.values[r][:, used]))
+            layer.keys, layer.values = layer.keys[stays_R], layer.values[stays_R]
         self.rows_R, self.owner_RS = self.rows_R[stays_R], self.owner_RS[stays_R]
-        self.cache.reorder_cache(stays_R.nonzero().squeeze(1))
 
     def _return(self, rows):
-        """Put the batch together again, of these rows: padded to the same slots, then without the gaps."""
+        """Put the batch together again, of these rows alone."""
         self._leave(torch.zeros_like(self.rows_R, dtype=torch.bool))
-        parts, self.parked = self.parked, []
-        parked_R = torch.cat([part[0] for part in parts])
-        order_R = parked_R.argsort()[torch.isin(parked_R.sort().values, rows)]
-        width = max(owner.shape[1] for _, owner, _ in parts)
-
-        def whole(tensors, dim, fill):
-            after = (0, 0) * (tensors[0].dim() - 1 - dim)
-            return torch.cat([F.pad(t, (*after, 0, width - t.shape[dim]), value=fill) for t in tensors])[order_R]
-        owner_RS = whole([owner for _, owner, _ in parts], 1, -1)
-        used_RS = (owner_RS >= 0).long()
-        slot_RS = used_RS.argsort(dim=1, descending=True, stable=True)[:, :int(used_RS.sum(1).max())]
-        self.rows_R, self.owner_RS = parked_R[order_R], owner_RS.gather(1, slot_RS)
+        parked, self.parked = [self.parked[row] for row in rows.tolist()], {}
+        length_R1 = torch.tensor([[layers[0][0].shape[1]] for layers in parked], device=rows.device)
+        self.rows_R, self.owner_RS = rows, -(torch.arange(int(length_R1.max()), device=rows.device) >= length_R1).long()
         for i, layer in enumerate(self.cache.layers):
-            keys, values = (whole(tensors, 2, 0.0) for tensors in zip(*(part[2][i] for part in parts)))
-            slots = slot_RS[:, None, :, None].expand(-1, keys.shape[1], -1, -1)
-            layer.keys = keys.gather(2, slots.expand(-1, -1, -1, keys.shape[3]))
-            layer.values = values.gather(2, slots.expand(-1, -1, -1, values.shape[3]))
-            for part in parts:
-                part[2][i] = None  # never more than one layer twice in memory
+            keys, values = zip(*(layers[i] for layers in parked))  # of each row: heads x slots x width
+            layer.keys, layer.values = (pad_sequence([t.transpose(0, 1) for t in tensors], True).transpose(1, 2)
+                                        for tensors in (keys, values))
+            for layers in parked:
+                layers[i] = None
 
     def wake(self, live_L, prompts):
         """A turn begins on the live branches: read what is new in their prompts (token ids that begin with all that the
-        branch has seen). Returns the logits of what follows."""
+        branch has seen). Returns the logits of what follows. For a second turn, each branch needs a row of its own."""
         if self.parked:
             self._return(self.row_B[live_L])
         seen_L = (self.owner_RS >= 0).sum(1)[torch.searchsorted(self.rows_R, self.row_B[live_L])]
         new = [prompt[n:] for prompt, n in zip(prompts, seen_L.tolist())]
         counts_L = torch.tensor([len(tokens) for tokens in new], device=live_L.device)
+        if not counts_L.all():
+            raise ValueError("a turn can begin only where its prompt goes on beyond what its branch has read")
         token_N = torch.tensor([token for tokens in new for token in tokens], device=live_L.device)
         return self.step(live_L.repeat_interleave(counts_L), token_N, wanted=counts_L.cumsum(0) - 1)
 
 
-def share(prefixes):
-    """The row of each branch, as (prefix, number): branches on the same prefix share one, but at most as many as there
-    are on a prefix in the mean, because all rows of a batch are as wide as the widest."""
-    rows, seen, most = [], Counter(), len(prefixes) // len(set(prefixes))
-    for prefix in prefixes:
-        rows.append((prefix, seen[prefix] // most))
-        seen[prefix] += 1
+def share(prefixes, lengths=None):
+    """The row of each branch, as (prefix, number). Branches on the same prefix share a row, with two limits: as many as
+    there are on a prefix in the mean (of 32, 16 and 16 candidates, 32 take two rows), because all rows of a batch are
+    as wide as the widest; and no more tokens (lengths: of the branches) than the prefix has, or 512, because each token
+    of a row is held against all others."""
+    most, rows, last = len(prefixes) // len(set(prefixes)), [], {}
+    for prefix, length in zip(prefixes, lengths or [0] * len(prefixes)):
+        number, branches, tokens = last.get(prefix, (0, 0, 0))
+        if branches == most or branches and tokens + length > max(512, len(prefix)):
+            number, branches, tokens = number + 1, 0, 0
+        last[prefix] = number, branches + 1, tokens + length
+        rows.append((prefix, number))
     return rows
 
 

@@ -11,7 +11,7 @@ from test_losses import assert_same_gradients, as_batch, flat, gradients, hand_t
 
 import actor
 import critic
-from env import DialogueEnv, end_of_turn, render
+from env import DialogueEnv, InputError, end_of_turn, render
 from kernels import logprob, prefix
 from kernels.logprob import collate, lay_out, reference_sums, turn_logprobs
 from kernels.prefix import Tree, can_share, head_is_plain
@@ -138,6 +138,29 @@ def test_losses_and_gradients_equal_the_plain_path(name, loss, request, trees, p
     assert_same_gradients(grads, want, 1e-6)  # norms compute in float32
 
 
+def test_padding_stays_within_the_context(trees, plain):
+    """Positions that are learned: a row of many branches beside short ones, at the end of the model's context."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2,
+                                       initializer_range=0.5)).double().eval()
+    rng = random.Random(4)
+    examples = [(first + rest, [0] * len(first) + [1] * len(rest)) for first, n in (([3] * 10, 12), ([5], 2), ([7], 1))
+                for rest in (ids(rng, 40, 6, 6) for _ in range(n))]
+    assert can_share(model)
+    ours, theirs = (f(lambda: turn_logprobs(model, lay_out(model, examples))[0]) for f in (lambda w: w(), plain))
+    assert torch.allclose(ours, theirs, atol=1e-10)
+
+
+def test_long_branches_do_not_share_a_row(model, plain):
+    """A row's branches together have as many tokens as the prefix, or 512; its prefix is read once all the same."""
+    examples = [([7] * 400 + ids(random.Random(k), 40, 200, 200), [0] * 400 + [1] * 200) for k in range(6)]
+    batch = lay_out(model, examples)
+    assert batch["input_ids"].shape == (3, 2 * 201)
+    assert torch.allclose(turn_logprobs(model, batch)[0],
+                          plain(lambda: turn_logprobs(model, lay_out(model, examples))[0]), rtol=1e-5)
+
+
 def test_reference_sums_equal_the_plain_path(model64, trees, plain):
     examples = [flat(d) for d in forest(model64.config.vocab_size, (1, 9, 4, 2, 1, 16), longest=20)]
     examples += [(list(ids), list(turns)) for ids, turns in examples[3:8]]  # equal ones are computed once
@@ -173,7 +196,7 @@ def tokens_read(model, work):
 
 def test_a_prefix_is_read_once(model, tokenizer):
     """16 branches of 3 tokens on a prompt of 50, as candidates, and as samples of 3 tokens."""
-    can_share(model)
+    can_share(model), head_is_plain(model)  # these read a little, once
     rng = random.Random(0)
     prompt = ids(rng, len(tokenizer), 50, 50)
     examples = [(prompt + ids(rng, len(tokenizer), 3, 3), [0] * 50 + [1] * 3) for _ in range(16)]
@@ -250,6 +273,18 @@ def test_dialogues_that_remember_say_the_same(tokenizer, tasks, plain, kv_heads,
     assert len({len(d) for d in ours}) > 2  # dialogues ended at different turns
     turns = [turn for d in ours for turn in d[1::2]]
     assert [] in turns and {len(turn) for turn in turns} >= {0, 1, 5, 15}
+
+
+def test_a_human_who_changes_the_past_is_stopped(model, tokenizer, tasks):
+    class Editor:
+        def reply(self, tasks, dialogues):
+            for messages in dialogues:
+                messages[0]["content"] = "something else"
+            return ["yes"] * len(dialogues)
+    env = DialogueEnv(6)
+    env.reset(tasks[0])
+    with pytest.raises(InputError, match="changed what was said"):
+        actor.play_out(model, tokenizer, [env], Editor(), [0], max_tokens=5)
 
 
 def test_a_history_is_read_once(model, tokenizer, tasks):
