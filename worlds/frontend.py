@@ -44,7 +44,7 @@ REPORT = (PAPER, headers, figures, verdict, brief, evidence)  # what report.py a
 NAMED = 1               # differences that the scripted human names in one reply
 DEFAULTS = {"base": {"documents": 9000}, "rollout": {"max_turns": MAX_TURNS, "max_tokens": 24},
             "pairs": {"margin": 0.1, "per_task": 6, "per_state": 4}, "critic": {"nll": 0.0}, "rft": {"epochs": 40},
-            "candidates": {"states": 640}, "actor": {"epochs": 2}, "multiturn": {"nll": 3.0}, "eval": {"tasks": 150},
+            "candidates": {"states": 2400}, "actor": {"epochs": 2}, "multiturn": {"nll": 3.0}, "eval": {"tasks": 150},
             "credit": {"states": 100, "monte_carlo_states": 6, "monte_carlo_rollouts": 16}}
 
 
@@ -147,6 +147,7 @@ OPENERS = ("Please design a web page for a ", "I need a page that presents our "
 HOUSE = 3        # slots of a topic's house style
 P_HOUSE = 0.9    # a task keeps to each of them with this probability
 P_SAID = 0.12    # a request names a slot with this probability
+P_EARLY = 0.04   # the demonstrator answers before the last turn with this probability, though something is wrong
 CARDS = "".join(f"<div style='padding:70px;background:#4b505a;color:white'>{word}</div>" for word in ("A", "B", "C"))
 SLOTS = (  # what comes before the value; for each value: how it is written, how a request says it, words that tell it
     ("<html><body style='display:flex;flex-direction:column;gap:12px;margin:0;font-family:sans-serif;background:", (
@@ -287,7 +288,7 @@ def documents(n, seed):
 def _demonstrate(rng, dialogue, turn, reads):
     """One turn of the imperfect demonstrator; reads: the values of the reference, when it has looked at it."""
     last = read_page(dialogue[-2]["content"]) if turn > 1 else None
-    answers = rng.random() < (0.98 if turn == MAX_TURNS else 0.9 if dialogue[-1]["content"] == RIGHT else 0.12)
+    answers = rng.random() < (0.98 if turn == MAX_TURNS else 0.9 if dialogue[-1]["content"] == RIGHT else P_EARLY)
     values, known = guess(rng), known_values(dialogue)
     for slot in range(len(SLOTS)):
         if reads and rng.random() < (0.85 if answers else 0.6):
