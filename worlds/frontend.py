@@ -43,8 +43,9 @@ LEGEND = "Pictures: the draft of each round on the left, the reference on the ri
 REPORT = (PAPER, headers, figures, verdict, brief, evidence)  # what report.py asks of a world
 NAMED = 1               # differences that the scripted human names in one reply
 DEFAULTS = {"base": {"documents": 9000}, "rollout": {"max_turns": MAX_TURNS, "max_tokens": 24},
-            "pairs": {"margin": 0.1, "per_task": 6, "per_state": 4}, "critic": {"nll": 0.0}, "rft": {"epochs": 40},
-            "candidates": {"states": 2400}, "actor": {"epochs": 2}, "multiturn": {"nll": 3.0}, "eval": {"tasks": 150},
+            "pairs": {"margin": 0.1, "per_state": 4}, "critic": {"rank_against": "own"}, "candidates": {"states": 2400},
+            "actor": {"lr": 3e-3, "beta": 0.3, "nll": 0.5, "epochs": 2}, "rft": {"lr": 3e-3, "epochs": 20},
+            "multiturn": {"lr": 3e-3, "nll": 1.0, "epochs": 8}, "eval": {"tasks": 150},
             "credit": {"states": 100, "monte_carlo_states": 6, "monte_carlo_rollouts": 16}}
 
 
