@@ -31,11 +31,11 @@ BACKEND = {
         (2e-3, 1.0, 3.0, 2), (1e-3, 1.0, 1.0, 4), (1e-3, 1.0, 3.0, 4))],
 }
 FRONTEND = {
-    "rft": [{"lr": lr, "epochs": epochs} for lr, epochs in ((1e-3, 40), (3e-3, 20), (1e-3, 20), (3e-3, 40))],
+    "rft": [{"lr": lr, "epochs": epochs} for lr, epochs in ((3e-3, 20), (1e-3, 20), (3e-3, 40), (1e-3, 40))],
     "multiturn": [{"lr": lr, "beta": beta, "nll": nll, "epochs": 8} for lr, beta, nll in (
-        (1e-3, 1.0, 3.0), (3e-3, 1.0, 1.0), (3e-3, 0.3, 1.0), (3e-3, 1.0, 3.0))],
-    "actor": [{"lr": 3e-3, "beta": beta, "nll": nll, "epochs": 3} for beta, nll in (
-        (0.3, 0.3), (1.0, 1.0), (0.1, 0.3), (0.3, 1.0))],
+        (3e-3, 1.0, 1.0), (3e-3, 1.0, 3.0), (3e-3, 0.3, 1.0), (1e-3, 1.0, 3.0))],
+    "actor": [{"lr": 3e-3, "beta": beta, "nll": nll, "epochs": epochs} for beta, nll, epochs in (
+        (0.3, 0.3, 3), (1.0, 1.0, 3), (0.3, 1.0, 3), (0.3, 0.5, 2))],
 }
 
 

@@ -15,8 +15,10 @@ blind first guess costs corrections, of which there are only two (two drafts, on
   draft, spoils an otherwise good dialogue, and the end alone does not say which;
 - the reference tells at once how good a draft is; without it, that has to be learned topic by topic from the rewards.
 
-The base policy imitates a demonstrator who is blind to topics, forgets, redraws what was right, and answers early. As
-in worlds/backend.py, half of its documents carry the reference in front, and there pages lean towards it.
+The base policy imitates a demonstrator who is blind to topics, forgets, redraws what was right, and now and then
+answers early. (Now and then: where a quarter of the candidates are early answers, they fill the worse halves, and turn
+pairs do not compare pages any more; docs/tuning.md.) As in worlds/backend.py, half of its documents carry the reference
+in front, and there pages lean towards it.
 
 Exercised by `python -m pytest tests/test_frontend.py`; `python sweet.py --task frontend` runs everything.
 """
