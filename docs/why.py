@@ -1,15 +1,20 @@
-"""Where the small world's dialogues are won and lost: questions (was everything asked?) and answers (was it used?).
+"""Where the small worlds' dialogues are won and lost: questions (was everything asked?) and answers (was it used?).
 
-    PYTHONPATH=. python docs/why.py runs/table/seed*      # top-p 0.9; one line a method, means over the runs
+    PYTHONPATH=. python docs/why.py runs/table/seed*              # top-p 0.9; one line a method, means over the runs
+    PYTHONPATH=. python docs/why.py --frontend runs/table/seed*   # the same for pages
 
 known: dialogues in which the human had named all steps before the answer. right: right answers among those. Wrong
 answers in spite of knowing all: with an extra step, a missing one, or a wrong value (an answer can have several).
+
+Pages: similarity of the first draft and of the final page; wrong slots of the final page, a dialogue: of those told by
+the human or the request, of the topic's house style and never told, of the rest; broken: final pages of other markup.
 """
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 from env import read_jsonl
+from worlds import frontend
 from worlds.backend import known_steps, read_function
 
 
@@ -28,6 +33,38 @@ def count(record, counts):
         counts["extra"] += bool(given.keys() - wanted.keys())
         counts["missing"] += bool(wanted.keys() - given.keys())
         counts["value"] += any(given[step] != wanted[step] for step in given.keys() & wanted.keys())
+
+
+def count_slots(record, counts):
+    """Add one dialogue about a page to counts."""
+    wish, dialogue = record["task"]["ground_truth"], record["dialogue_history"]
+    values, final = frontend.read_page(wish), frontend.read_page(frontend.page_source(record["answer"] or ""))
+    style = next(s for topic, s in frontend.HOUSE_STYLES.items() if f" {topic}." in dialogue[0]["content"])
+    counts["all"] += 1
+    counts["final page"] += 100 * record["reward"]
+    counts["first draft"] += 100 * frontend.grade([dialogue[1]["content"]], [frontend.Task("", wish)])[0]
+    known = frontend.known_values(dialogue)
+    for slot, value in enumerate(values) if final else ():
+        kind = "told" if slot in known else "house" if style.get(slot) == value else "rest"
+        counts[kind] += 1
+        counts[f"{kind} wrong"] += final[slot] != value
+    counts["broken"] += not final
+
+
+def pages(folders):
+    table = defaultdict(Counter)
+    for folder in folders:
+        for file in (Path(folder) / "eval.jsonl", Path(folder) / "no-reference" / "eval.jsonl"):
+            for _, record in read_jsonl(file) if file.exists() else ():
+                if record["top_p"] != 1.0:
+                    count_slots(record, table[record["method"]])
+    print("| method | dialogues | first draft | final page | wrong: told | house style | the rest | broken % |\n"
+          "| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for method, counts in table.items():
+        means = {key: value / counts["all"] for key, value in counts.items()}
+        wrong = " | ".join(f"{means[f'{k} wrong']:.2f} of {means[k]:.2f}" for k in ("told", "house", "rest"))
+        print(f"| {method} | {counts['all']} | {means['first draft']:.1f} | {means['final page']:.1f} | {wrong} "
+              f"| {100 * means.get('broken', 0):.1f} |")
 
 
 def main(folders):
@@ -52,4 +89,4 @@ def main(folders):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    (pages if "--frontend" in sys.argv else main)([name for name in sys.argv[1:] if name != "--frontend"])

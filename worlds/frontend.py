@@ -15,8 +15,10 @@ blind first guess costs corrections, of which there are only two (two drafts, on
   draft, spoils an otherwise good dialogue, and the end alone does not say which;
 - the reference tells at once how good a draft is; without it, that has to be learned topic by topic from the rewards.
 
-The base policy imitates a demonstrator who is blind to topics, forgets, redraws what was right, and answers early. As
-in worlds/backend.py, half of its documents carry the reference in front, and there pages lean towards it.
+The base policy imitates a demonstrator who is blind to topics, forgets, redraws what was right, and now and then
+answers early. (Now and then: where a quarter of the candidates are early answers, they fill the worse halves, and turn
+pairs do not compare pages any more; docs/tuning.md.) As in worlds/backend.py, half of its documents carry the reference
+in front, and there pages lean towards it.
 
 Exercised by `python -m pytest tests/test_frontend.py`; `python sweet.py --task frontend` runs everything.
 """
@@ -43,8 +45,9 @@ LEGEND = "Pictures: the draft of each round on the left, the reference on the ri
 REPORT = (PAPER, headers, figures, verdict, brief, evidence)  # what report.py asks of a world
 NAMED = 1               # differences that the scripted human names in one reply
 DEFAULTS = {"base": {"documents": 9000}, "rollout": {"max_turns": MAX_TURNS, "max_tokens": 24},
-            "pairs": {"margin": 0.1, "per_task": 6, "per_state": 4}, "critic": {"nll": 0.0}, "rft": {"epochs": 40},
-            "candidates": {"states": 640}, "actor": {"epochs": 2}, "multiturn": {"nll": 3.0}, "eval": {"tasks": 150},
+            "pairs": {"margin": 0.1, "per_state": 4}, "critic": {"rank_against": "own"}, "candidates": {"states": 2400},
+            "actor": {"lr": 3e-3, "beta": 0.3, "nll": 0.5, "epochs": 2}, "rft": {"lr": 3e-3, "epochs": 20},
+            "multiturn": {"lr": 3e-3, "nll": 1.0, "epochs": 8}, "eval": {"tasks": 150},
             "credit": {"states": 100, "monte_carlo_states": 6, "monte_carlo_rollouts": 16}}
 
 
@@ -147,6 +150,7 @@ OPENERS = ("Please design a web page for a ", "I need a page that presents our "
 HOUSE = 3        # slots of a topic's house style
 P_HOUSE = 0.9    # a task keeps to each of them with this probability
 P_SAID = 0.12    # a request names a slot with this probability
+P_EARLY = 0.04   # the demonstrator answers before the last turn with this probability, though something is wrong
 CARDS = "".join(f"<div style='padding:70px;background:#4b505a;color:white'>{word}</div>" for word in ("A", "B", "C"))
 SLOTS = (  # what comes before the value; for each value: how it is written, how a request says it, words that tell it
     ("<html><body style='display:flex;flex-direction:column;gap:12px;margin:0;font-family:sans-serif;background:", (
@@ -287,7 +291,7 @@ def documents(n, seed):
 def _demonstrate(rng, dialogue, turn, reads):
     """One turn of the imperfect demonstrator; reads: the values of the reference, when it has looked at it."""
     last = read_page(dialogue[-2]["content"]) if turn > 1 else None
-    answers = rng.random() < (0.98 if turn == MAX_TURNS else 0.9 if dialogue[-1]["content"] == RIGHT else 0.12)
+    answers = rng.random() < (0.98 if turn == MAX_TURNS else 0.9 if dialogue[-1]["content"] == RIGHT else P_EARLY)
     values, known = guess(rng), known_values(dialogue)
     for slot in range(len(SLOTS)):
         if reads and rng.random() < (0.85 if answers else 0.6):
