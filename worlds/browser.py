@@ -50,7 +50,7 @@ INSTALL = "apt install chromium-headless-shell fonts-dejavu-core fonts-liberatio
 TAILWIND = "tailwindcss@2.2.19"
 WIDTH, HEIGHT, TALLEST, CELL = 1280, 720, 8000, 40  # pixels: the window, the part of a page that counts, a cell
 MOST_BOXES, MOST_CHARACTERS = 300, 200_000
-WORKERS, SECONDS, RECYCLE = 2, 1.2, 400  # workers, the time they have for a page, pages until a new one (it grows)
+WORKERS, SECONDS, RECYCLE = 2, 1.5, 400  # workers, the time they have for a page, pages until a new one (it grows)
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def _draw(source, wanted):
             worker = _WORKERS.get_nowait()
         except Empty:
             worker = Worker()
-        left = max(SECONDS / 2, 2.5 * SECONDS - (time.monotonic() - start))  # the new browser takes its share
+        left = max(SECONDS / 2, 2.2 * SECONDS - (time.monotonic() - start))  # the new browser takes its share
         answer = worker.ask(source, wanted, left if attempt else SECONDS)
         if answer is not None:
             _WORKERS.put(worker) if worker.pages < RECYCLE else worker.kill()
