@@ -152,7 +152,10 @@ def listen(ours, reports, wanted, call_seconds, end):
     """Append a program's reports until all are there or its process ends. TimeoutError when a clock runs out."""
     tail, clock = b"", end
     while True:
-        ours.settimeout(max(1e-3, min(clock, end) - time.monotonic()))
+        left = min(clock, end) - time.monotonic()
+        if left <= 0:  # a program that floods is never waited for, so that recv alone would not see the time
+            raise TimeoutError
+        ours.settimeout(left)
         data = ours.recv(2 ** 16)
         *lines, tail = (tail[-400:] + data).split(b"\n")
         for line in filter(REPORT.fullmatch, lines):

@@ -264,6 +264,12 @@ def test_a_flood_is_not_kept():
     assert reports == ["!no"] and peak < 2 ** 20
 
 
+def test_a_flood_costs_only_its_own_call(kind):
+    """Its clock runs although there is always something to read."""
+    answers = [PROGRAMS["flood_everywhere"][1] + f"# {i}" for i in range(2)]
+    assert grade(answers, [SQUARE] * 2, **FAST) == [0.75] * 2
+
+
 def test_two_threads_may_grade_at_the_same_time(kind):
     with ThreadPoolExecutor(2) as pool:
         rewards = list(pool.map(lambda k: grade([f"{RIGHT}# {k} {i}" for i in range(8)], [SQUARE] * 8), range(2)))
