@@ -15,6 +15,7 @@ Exercised by `python -m pytest tests/test_kernels.py` and measured by `python -m
 Shapes: B branches, L live branches, N new tokens, R rows with live branches, C new tokens a row, S slots of the cache,
 D hidden, V vocabulary.
 """
+import contextlib
 import inspect
 import sys
 
@@ -60,6 +61,26 @@ def head_is_plain(model):
     return model._head_is_plain
 
 
+class _Filled(Exception):
+    """The last layer's keys and values are in the cache."""
+
+
+def fill(model, cache, input_ids):
+    """Run a prefix for its keys and values alone: the last layer stops where it has them. What would come after (its
+    attention, its MLP) predicts the prefix's own next tokens, which nobody asks for."""
+    put, last = cache.update, model.config.get_text_config().num_hidden_layers - 1
+
+    def update(key_states, value_states, layer_idx, *more, **named):
+        kept = put(key_states, value_states, layer_idx, *more, **named)
+        if layer_idx == last:
+            raise _Filled
+        return kept
+    cache.update = update
+    with contextlib.suppress(_Filled):
+        model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+    del cache.update
+
+
 class Tree:
     """Sequences that begin alike, as trees: each distinct prefix is run once, and many branches grow from it.
 
@@ -92,7 +113,7 @@ class Tree:
         self.owner_RS = -(torch.arange(width, device=device) >= length_R1).long()
         if width:  # right-padded under causal attention: no mask is needed
             ids = [list(prefix) + [0] * (width - len(prefix)) for prefix in distinct]
-            model.base_model(input_ids=torch.tensor(ids, device=device), past_key_values=self.cache, use_cache=True)
+            fill(model, self.cache, torch.tensor(ids, device=device))
         if len(distinct) < len(prefixes):
             self.cache.reorder_cache(torch.tensor([distinct[prefix] for prefix in prefixes], device=device))
 
@@ -182,15 +203,27 @@ class Rows:
 
     def __init__(self, model):
         self.model = model
+        self.has_cache = "past_key_values" in inspect.signature(model.forward).parameters
+        if not self.has_cache:  # recurrent models, some of which cannot even leave out padding
+            say_once(f"{type(model).__name__} keeps no keys and values: sampling reads a sequence anew for each token")
 
     def wake(self, live_L, prompts):
         """As Tree's."""
-        width, self.live_L, self.cache = max(map(len, prompts)), live_L, None
+        from transformers import DynamicCache
+        if not self.has_cache:
+            self.ids = {branch: list(prompt) for branch, prompt in zip(live_L.tolist(), prompts)}
+            return self._run_alone(live_L)
+        width, self.live_L = max(map(len, prompts)), live_L
+        self.cache = DynamicCache(config=self.model.config)
         self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=live_L.device)
         return self._run(torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=live_L.device))
 
     def step(self, live_L, token_L):
         """As Tree's, one token a branch."""
+        if not self.has_cache:
+            for branch, token in zip(live_L.tolist(), token_L.tolist()):
+                self.ids[branch].append(token)
+            return self._run_alone(live_L)
         kept = torch.searchsorted(self.live_L, live_L)
         self.cache.reorder_cache(kept)
         self.live_L, self.mask = live_L, torch.cat([self.mask[kept], self.mask.new_ones(len(kept), 1)], 1)
@@ -198,10 +231,12 @@ class Rows:
 
     def _run(self, ids):
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-        out = self.model(input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache,
-                         use_cache=True, logits_to_keep=1)
-        self.cache = out.past_key_values
-        return out.logits[:, -1]
+        return self.model(input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache,
+                          use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    def _run_alone(self, live_L):
+        rows = (torch.tensor([self.ids[branch]], device=live_L.device) for branch in live_L.tolist())
+        return torch.cat([self.model(input_ids=row, use_cache=False).logits[:, -1] for row in rows])
 
 
 @torch.no_grad()
@@ -231,7 +266,15 @@ def _why_not(model):
         return f"its attention ({model.config._attn_implementation}) takes no mask of ours"
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return "it takes no positions"
-    return None if _tree_equals_rows(model) else "on a probe its hidden states are others than in full sequences"
+    if "local" in getattr(model.config, "attention_layers", ()):  # GPT-Neo's windows, which its cache does not tell
+        return "its local attention counts slots"
+    if (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
+        return "its rotary positions change with the length of what is read"
+    try:
+        same = _tree_equals_rows(model)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"on a probe it fails ({error})"
+    return None if same else "on a probe its hidden states are others than in full sequences"
 
 
 def _tree_equals_rows(model):

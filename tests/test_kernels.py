@@ -14,7 +14,7 @@ import critic
 from env import DialogueEnv, InputError, end_of_turn, render
 from kernels import logprob, prefix
 from kernels.logprob import collate, lay_out, reference_sums, turn_logprobs
-from kernels.prefix import Tree, can_share, head_is_plain
+from kernels.prefix import Tree, can_share, fill, head_is_plain
 
 
 @pytest.fixture
@@ -206,6 +206,25 @@ def test_a_prefix_is_read_once(model, tokenizer):
     assert 49 + 16 < n <= 49 + 16 * 3 and len(turns) == 16
 
 
+def test_a_prefix_is_read_for_its_keys_and_values_alone(model):
+    """They are what a whole run leaves in the cache, gradients too, and the last layer's MLP never runs."""
+    from transformers import DynamicCache
+    row, ran, caches = torch.tensor([ids(random.Random(0), model.config.vocab_size, 20, 20)]), [], []
+    hooks = [layer.mlp.register_forward_hook(lambda *_, i=i: ran.append(i))
+             for i, layer in enumerate(model.base_model.layers)]
+    for run in (fill, lambda model, cache, row: model.base_model(input_ids=row, past_key_values=cache)):
+        cache = DynamicCache()
+        run(model, cache, row)
+        loss = sum((layer.keys ** 2).sum() + (layer.values ** 3).sum() for layer in cache.layers)
+        wanted = [p for name, p in model.named_parameters() if "k_proj" in name or "embed" in name]
+        caches.append([t for layer in cache.layers for t in (layer.keys, layer.values)]
+                      + list(torch.autograd.grad(loss, wanted)))
+    [hook.remove() for hook in hooks]
+    assert all(torch.equal(ours, whole) for ours, whole in zip(*caches, strict=True))
+    last = model.config.num_hidden_layers - 1
+    assert ran == [*range(last), *range(last + 1)] and last > 0
+
+
 def test_nothing_to_share_is_a_plain_batch(model):
     examples = [flat(d) for d in forest(model.config.vocab_size, (1, 1, 1), seed=2)]
     batch = lay_out(model, examples)
@@ -334,6 +353,35 @@ def bloom(vocab):
     return BloomForCausalLM(BloomConfig(vocab_size=vocab, hidden_size=16, n_layer=1, n_head=2)).eval()
 
 
+def falcon(vocab):
+    """Attention that leans on distance (ALiBi): it makes its own use of the mask."""
+    from transformers import FalconConfig, FalconForCausalLM
+    torch.manual_seed(0)
+    return FalconForCausalLM(FalconConfig(vocab_size=vocab, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                          alibi=True, initializer_range=0.5)).eval()
+
+
+def gpt_neo(vocab):
+    """A window that its cache does not tell of."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+    torch.manual_seed(0)
+    return GPTNeoForCausalLM(GPTNeoConfig(vocab_size=vocab, hidden_size=16, num_layers=2, num_heads=2, window_size=4,
+                                          attention_types=[[["global", "local"], 1]], initializer_range=0.5)).eval()
+
+
+def mamba(vocab):
+    """No attention: a state, and no cache in its output."""
+    from transformers import MambaConfig, MambaForCausalLM
+    torch.manual_seed(0)
+    return MambaForCausalLM(MambaConfig(vocab_size=vocab, hidden_size=16, num_hidden_layers=2, state_size=4,
+                                        initializer_range=0.5)).eval()
+
+
+def stretched(vocab):
+    """Rotary positions that change once more is read than a limit."""
+    return tiny_llama(vocab, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
+
+
 def check_fallback(model, word, capsys):
     examples = [flat(d) for d in forest(model.config.vocab_size, (3, 2), longest=20)]
     for _ in range(2):
@@ -347,7 +395,8 @@ def check_fallback(model, word, capsys):
 
 @pytest.mark.parametrize("make, word", [
     (lambda: mistral(40, 6), "Sliding"), (lambda: gemma2(40), "Sliding"), (lambda: bloom(40), "positions"),
-    (lambda: lfm2(40), "LinearAttention")])
+    (lambda: lfm2(40), "LinearAttention"), (lambda: mamba(40), "LinearAttention"), (lambda: falcon(40), "it fails"),
+    (lambda: gpt_neo(40), "local"), (lambda: stretched(40), "rotary")])
 def test_models_that_cannot_share_say_so_once_and_are_computed_in_full(make, word, capsys, said):
     check_fallback(make(), word, capsys)
 
@@ -362,7 +411,7 @@ def test_a_model_that_ignores_the_mask_is_caught_by_the_probe(capsys, said, monk
     check_fallback(model, "probe", capsys)
 
 
-@pytest.mark.parametrize("make", [lambda vocab: mistral(vocab, 6), lfm2])
+@pytest.mark.parametrize("make", [lambda vocab: mistral(vocab, 6), lfm2, mamba, falcon, gpt_neo])
 def test_what_cannot_share_samples_the_plain_way(make, tokenizer, said):
     """Longer than the sliding window, and with a recurrent state, against one row without padding or cache."""
     model = make(len(tokenizer))
