@@ -117,7 +117,10 @@ def check_tokenizer(tokenizer, path):
 
 def check_context(model, tokens, what):
     """InputError where `what`, of so many tokens, is longer than the model's context."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokens
+    config = model.config.get_text_config()
+    limit, rope = getattr(config, "max_position_embeddings", None) or tokens, getattr(config, "rope_parameters", None)
+    if (rope or {}).get("rope_type") == "longrope":  # beyond, positions depend on what else is in the batch
+        limit = min(limit, rope.get("original_max_position_embeddings", limit))
     if tokens > limit:
         raise InputError(f"{what}: {tokens} tokens are more than the {limit} that the model reads; leave it out, lower "
                          "--rollout-max-turns or --rollout-max-tokens, or take a model with a longer context")
@@ -228,6 +231,9 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *, label="fit", warmup=0
     model.eval()  # no dropout: it would move step 0, and log-probs would not be comparable with the reference's
     for module in model.modules():  # a layer recomputes its activations only if it believes that it trains
         module.training = getattr(module, "gradient_checkpointing", False)
+        for name in ("dropout", "activation_dropout", "hidden_dropout") if module.training else ():
+            if isinstance(getattr(module, name, None), float):  # OPT's layers apply their own
+                setattr(module, name, 0.0)
     bar = tqdm(total=len(plan), initial=len(log), desc=f"{label:>12}", unit="step", mininterval=0.5)
     for batch in plan[len(log):]:
         row = take_step(model, [examples[i] for i in batch], loss_fn, micro_batch)

@@ -143,8 +143,8 @@ def lay_out(model, examples):
     tokens = len(rows) * width + (0 if inside else len(set(prefixes)) * max(map(len, prefixes)))
     if tokens > WORTH * len(examples) * max(len(ids) for ids, _ in examples) or not can_share(model):
         return collate(examples, model.device)
-    columns = [[list(row) + [fill] * (width - len(row)) for row in column]
-               for column, fill in zip(zip(*rows.values()), (0, 0, -1))]
+    columns = [[list(row) + [pad] * (width - len(row)) for row in column]
+               for column, pad in zip(zip(*rows.values()), (0, 0, -1))]
     batch = dict(zip(("input_ids", "turn_ids", "owner_ids"), torch.tensor(columns, device=model.device)))
     return {"prefixes": [() if inside else prefix for prefix, _ in rows], **batch}
 

@@ -7,15 +7,15 @@ class `Tree`; scoring and DPO (through `kernels.logprob.lay_out`), candidates an
 `actor.sample`) all use it, and rounding aside none of them gets another number from it.
 
 `use_plain_path(True)` (the flag --plain) switches it off, and with it the savings of kernels/logprob.py: every sequence
-in full, the model's own logits at every position. It is what one would write first, what the tests compare with, and
-what happens, with a note, on models whose cache cannot be shared.
+is scored in full, with the model's own logits at every position, and sampled from its prompt in a row of its own. It is
+what one would write first, and what the tests compare with. On models whose cache cannot be shared the first half of it
+happens, with a note: rows of their own, but the head on agent tokens only.
 
 Exercised by `python -m pytest tests/test_kernels.py` and measured by `python -m kernels.bench`.
 
 Shapes: B branches, L live branches, N new tokens, R rows with live branches, C new tokens a row, S slots of the cache,
 D hidden, V vocabulary.
 """
-import contextlib
 import inspect
 import sys
 
@@ -23,6 +23,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 _plain, _said = False, set()
+MUCH = 0.06  # relative: what rounds apart in bf16, in 48 layers, is up to 0.033; what is wrong was 0.1 and more
 
 
 def use_plain_path(on):
@@ -51,9 +52,12 @@ def head_is_plain(model):
                  head.register_forward_hook(lambda module, inputs, out: seen.update(head=inputs[0])
                                             or torch.full_like(out, 1000.0))]
         vocab = model.config.get_text_config().vocab_size
-        logits = model(input_ids=torch.arange(min(8, vocab), device=head.weight.device)[None]).logits
-        for hook in hooks:
-            hook.remove()
+        row = torch.arange(min(8, vocab), device=head.weight.device)[None]
+        try:
+            logits = model(input_ids=row, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
         unchanged = "body" in seen and torch.equal(seen["body"], seen["head"]) and bool((logits == 1000.0).all())
         model._head_is_plain = unchanged and type(head) is torch.nn.Linear and head.bias is None
         if not model._head_is_plain:
@@ -76,9 +80,12 @@ def fill(model, cache, input_ids):
             raise _Filled
         return kept
     cache.update = update
-    with contextlib.suppress(_Filled):
+    try:
         model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True)
-    del cache.update
+    except _Filled:
+        pass
+    finally:
+        del cache.update
 
 
 class Tree:
@@ -171,7 +178,8 @@ class Tree:
 
     def wake(self, live_L, prompts):
         """A turn begins on the live branches: read what is new in their prompts (token ids that begin with all that the
-        branch has seen). Returns the logits of what follows. For a second turn, each branch needs a row of its own."""
+        branch has seen). Returns the logits of what follows. For a second turn, each branch needs a row of its own;
+        live branches are named in ascending order, and one that is left out of a turn does not come back."""
         if self.parked:
             self._return(self.row_B[live_L])
         seen_L = (self.owner_RS >= 0).sum(1)[torch.searchsorted(self.rows_R, self.row_B[live_L])]
@@ -202,15 +210,18 @@ class Rows:
     """The plain way to sample: every branch in a row of its own, left-padded, its prompt read in full in every turn."""
 
     def __init__(self, model):
-        self.model = model
-        self.has_cache = "past_key_values" in inspect.signature(model.forward).parameters
-        if not self.has_cache:  # recurrent models, some of which cannot even leave out padding
-            say_once(f"{type(model).__name__} keeps no keys and values: sampling reads a sequence anew for each token")
+        self.model, self.padded = model, True
+        if not hasattr(model, "_can_pad"):
+            model._can_pad = self._equals_bare_calls()
+        self.padded = model._can_pad
+        if not self.padded:
+            say_once(f"{type(model).__name__} has no cache that works in padded rows; sampling reads each sequence by "
+                     "itself, anew for each token")
 
     def wake(self, live_L, prompts):
         """As Tree's."""
         from transformers import DynamicCache
-        if not self.has_cache:
+        if not self.padded:
             self.ids = {branch: list(prompt) for branch, prompt in zip(live_L.tolist(), prompts)}
             return self._run_alone(live_L)
         width, self.live_L = max(map(len, prompts)), live_L
@@ -220,7 +231,7 @@ class Rows:
 
     def step(self, live_L, token_L):
         """As Tree's, one token a branch."""
-        if not self.has_cache:
+        if not self.padded:
             for branch, token in zip(live_L.tolist(), token_L.tolist()):
                 self.ids[branch].append(token)
             return self._run_alone(live_L)
@@ -238,6 +249,21 @@ class Rows:
         rows = (torch.tensor([self.ids[branch]], device=live_L.device) for branch in live_L.tolist())
         return torch.cat([self.model(input_ids=row, use_cache=False).logits[:, -1] for row in rows])
 
+    @torch.no_grad()
+    def _equals_bare_calls(self):
+        """Seen on a probe: a prompt beside a longer one, and a token more, against sequences that are run alone."""
+        vocab, live = self.model.config.get_text_config().vocab_size, torch.arange(2, device=self.model.device)
+        prompts = [[i % vocab for i in prompt] for prompt in ((3, 1, 2, 4, 5, 6), (6, 5))]
+        try:
+            ours = torch.stack([self.wake(live, prompts), self.step(live, live)]).float()
+        except (TypeError, ValueError, RuntimeError, AttributeError):
+            return False
+        alone = []
+        for more in ([[], []], [[0], [1]]):
+            self.ids = {branch: prompt + tokens for branch, (prompt, tokens) in enumerate(zip(prompts, more))}
+            alone.append(self._run_alone(live))
+        return bool((ours - torch.stack(alone).float()).norm() < MUCH * torch.stack(alone).float().norm())
+
 
 @torch.no_grad()
 def can_share(model):
@@ -252,6 +278,8 @@ def can_share(model):
         why = _why_not(model)
         if why:
             say_once(f"{type(model).__name__} cannot share a prefix: {why}; every sequence is computed in full")
+        if model.training:  # dropout may have decided
+            return why is None
         model._can_share = why is None
     return model._can_share
 
@@ -268,8 +296,8 @@ def _why_not(model):
         return "it takes no positions"
     if "local" in getattr(model.config, "attention_layers", ()):  # GPT-Neo's windows, which its cache does not tell
         return "its local attention counts slots"
-    if (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
-        return "its rotary positions change with the length of what is read"
+    if model.base_model is model:
+        return "its body cannot be run without its head"
     try:
         same = _tree_equals_rows(model)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -279,13 +307,13 @@ def _why_not(model):
 
 def _tree_equals_rows(model):
     """Two branches on a prefix of three tokens: the last hidden state of each, from a tree and from plain rows."""
-    rows = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 2, 5, 6]], device=model.device)
+    rows = torch.tensor([[3, 4, 5, 6, 7], [3, 4, 5, 8, 9]], device=model.device)
     rows %= model.config.get_text_config().vocab_size
     plain_BD = model.base_model(input_ids=rows, use_cache=False).last_hidden_state[:, -1].float()
     tree = Tree(model, [tuple(rows[0, :2].tolist())], [0, 0])
     inputs = tree.inputs(rows[:, 2:].reshape(1, 6), torch.tensor([[1, 1, 1, 2, 2, 2]], device=model.device))
     ours_BD = model.base_model(**inputs).last_hidden_state[0, [2, 5]].float()
-    return bool((ours_BD - plain_BD).norm() < 0.02 * plain_BD.norm())  # bf16 rounds to 0.004
+    return bool((ours_BD - plain_BD).norm() < MUCH * plain_BD.norm())
 
 
 def branches(model, prompts, alone=False):

@@ -377,9 +377,24 @@ def mamba(vocab):
                                         initializer_range=0.5)).eval()
 
 
-def stretched(vocab):
-    """Rotary positions that change once more is read than a limit."""
-    return tiny_llama(vocab, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
+def recurrent_gemma(vocab):
+    """States that padding goes through: its biases are not zero here."""
+    from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+    torch.manual_seed(0)
+    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(
+        vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, head_dim=8,
+        attention_window_size=16))
+    return perturbed(model, size=0.3).eval()
+
+
+def minimax(vocab):
+    """A cache of its own that takes no other."""
+    from transformers import MiniMaxConfig, MiniMaxForCausalLM
+    torch.manual_seed(0)
+    return MiniMaxForCausalLM(MiniMaxConfig(
+        vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1, initializer_range=0.5, bos_token_id=None,
+        eos_token_id=None, layer_types=["linear_attention", "full_attention"])).eval()
 
 
 def check_fallback(model, word, capsys):
@@ -396,7 +411,7 @@ def check_fallback(model, word, capsys):
 @pytest.mark.parametrize("make, word", [
     (lambda: mistral(40, 6), "Sliding"), (lambda: gemma2(40), "Sliding"), (lambda: bloom(40), "positions"),
     (lambda: lfm2(40), "LinearAttention"), (lambda: mamba(40), "LinearAttention"), (lambda: falcon(40), "it fails"),
-    (lambda: gpt_neo(40), "local"), (lambda: stretched(40), "rotary")])
+    (lambda: gpt_neo(40), "local")])
 def test_models_that_cannot_share_say_so_once_and_are_computed_in_full(make, word, capsys, said):
     check_fallback(make(), word, capsys)
 
@@ -411,7 +426,8 @@ def test_a_model_that_ignores_the_mask_is_caught_by_the_probe(capsys, said, monk
     check_fallback(model, "probe", capsys)
 
 
-@pytest.mark.parametrize("make", [lambda vocab: mistral(vocab, 6), lfm2, mamba, falcon, gpt_neo])
+@pytest.mark.parametrize("make", [lambda vocab: mistral(vocab, 6), lfm2, mamba, falcon, gpt_neo,
+                                  recurrent_gemma, minimax])
 def test_what_cannot_share_samples_the_plain_way(make, tokenizer, said):
     """Longer than the sliding window, and with a recurrent state, against one row without padding or cache."""
     model = make(len(tokenizer))
@@ -424,6 +440,37 @@ def test_what_cannot_share_samples_the_plain_way(make, tokenizer, said):
                 logits = model(input_ids=torch.tensor([sequence])).logits[:, -1]
             assert int(actor.pick(logits, draw[None])) == token
             sequence.append(token)
+
+
+def test_beyond_its_original_context_longrope_is_refused(tokenizer):
+    """There the numbers of a sequence depend on what else is in the batch."""
+    model = tiny_llama(len(tokenizer), rope_parameters={
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 8.0,
+        "original_max_position_embeddings": 16})
+    assert len(reference_sums(model, [([5] * 16, [0] * 15 + [1])])) == 1
+    with pytest.raises(InputError, match="17 tokens are more than the 16"):
+        reference_sums(model, [([5] * 17, [0] * 16 + [1])])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_interrupts_a_prefix_leaves_the_cache_as_it_was(model, error):
+    from transformers import DynamicCache
+
+    def fail(*_):
+        raise error
+    cache, hook = DynamicCache(), model.base_model.layers[0].mlp.register_forward_hook(fail)
+    with pytest.raises(error):
+        fill(model, cache, torch.tensor([[1, 2]]))
+    hook.remove()
+    assert "update" not in vars(cache) and cache.layers[0].keys.shape[2] == 2
+
+
+def test_a_probe_that_fails_leaves_no_hook(monkeypatch):
+    model = tiny_llama(40)
+    monkeypatch.setattr(model.base_model, "norm", None)
+    with pytest.raises(TypeError):
+        head_is_plain(model)
+    assert not model.base_model._forward_hooks and not model.get_output_embeddings()._forward_hooks
 
 
 def test_gradient_checkpointing_is_computed_in_full_and_says_so(model64, trees, capsys, said, plain):

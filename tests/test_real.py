@@ -321,6 +321,20 @@ def test_checkpointing_keeps_dropout_off(tmp_path):
     assert logs[0] == logs[1]
 
 
+def test_checkpointing_keeps_the_dropout_of_whole_layers_off(agent, tmp_path):
+    """OPT's layers apply theirs between attention and MLP, where they also recompute."""
+    from transformers import OPTConfig, OPTForCausalLM
+    tokenizer, logs = load_model(agent)[1], []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, ffn_dim=24,
+                                         num_attention_heads=2, word_embed_proj_dim=16, dropout=0.5))
+        if on:
+            model.gradient_checkpointing_enable()
+        logs.append(fit(model, views_of(tokenizer), likelihood, tmp_path / str(on), Config(), 0, lambda folder: None))
+    assert [row["loss"] for row in logs[0]] == pytest.approx([row["loss"] for row in logs[1]], rel=1e-5)
+
+
 def test_adapters_start_at_the_reference_and_leave_the_model_alone(agent, tmp_path):
     pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
