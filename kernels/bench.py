@@ -31,6 +31,7 @@ from unittest import mock
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import actor
 from env import DialogueEnv
@@ -265,17 +266,26 @@ def bench_rollouts():
 
 
 def bench_growth():
-    """Where cost should be flat, and where it should not."""
+    """Where cost should be flat, and where it should not. arithmetic: full / ours in operations of the layers' and the
+    head's matrix products, which is what there is to gain; attention is not counted (it weighs on long prefixes)."""
     model, rng = llama(), random.Random(0)
-    header("scoring", "ours, ms", "full sequences, ms")
-    cases = [(256, n) for n in (1, 2, 4, 8, 16, 32, 64)] + [(length, 16) for length in (64, 256, 1024, 4096)]
-    for length, n in cases:
-        candidates = views(ids(rng, length), [ids(rng, 24) for _ in range(n)])
+    header("scoring", "ours, ms", "full sequences, ms", "ratio", "arithmetic")
+    cases = [(256, n, 24) for n in (1, 2, 4, 8, 16, 32, 64)] + [(length, 16, 24) for length in (64, 256, 1024, 4096)]
+    for length, n, tokens in cases + [(256, 16, 8), (1024, 16, 8)]:
+        candidates = views(ids(rng, length), [ids(rng, tokens) for _ in range(n)])
         with torch.no_grad():
             works = (lambda c=candidates: turn_logprobs(model, lay_out(model, c)),
                      lambda c=candidates: turn_logprobs(model, collate(c)))
+            operations = []
+            for work in works:
+                work()  # the probes, too, are behind us
+                with FlopCounterMode(display=False) as counter:
+                    work()
+                operations.append(counter.get_total_flops())
             times = [[seconds(work) for work in works] for _ in range(3 if length < 4096 else 1)]
-        row(f"prefix {length}, candidates {n}", *(f"{1000 * statistics.median(column):.0f}" for column in zip(*times)))
+        ours, full = (1000 * statistics.median(column) for column in zip(*times))
+        row(f"prefix {length}, {n} x {tokens}", f"{ours:.0f}", f"{full:.0f}", f"{full / ours:.1f}x",
+            f"{operations[1] / operations[0]:.1f}x")
     header("head, 512 rows of 64, peak above the inputs and their gradients", "ours, MB", "log_softmax().gather(), MB")
     for vocab in (8192, 32768, 131072):
         hidden, weight = torch.randn(512, 64, requires_grad=True), torch.randn(vocab, 64, requires_grad=True)
