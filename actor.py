@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from env import INSTRUCTIONS, DialogueEnv, InputError, Task, action_tokens, control_tokens, end_of_turn, grade, render
 from kernels.fit import arg, check_context, fit
-from kernels.logprob import add_reference, lay_out, turn_logprobs
+from kernels.logprob import add_reference, agent_tokens, lay_out, turn_logprobs
 from kernels.prefix import branches
 
 
@@ -267,14 +267,15 @@ def turn_view(tokenizer, prompt, turn):
     return prefix + ids, [0] * len(prefix) + [1] * len(ids)
 
 
-def preference_loss(model, batch, beta, nll):
-    """DPO on a batch of {"chosen", "rejected", "ref_chosen", "ref_rejected"}: the loss, and what to watch."""
-    B = len(batch)
-    sides = [(side, pair) for side in ("chosen", "rejected") for pair in batch]
-    sums_BK, lengths_BK = turn_logprobs(model, lay_out(model, [pair[side] for side, pair in sides]))
+def preference_loss(model, pairs, beta, nll, batch=None):
+    """DPO on a list of {"chosen", "rejected", "ref_chosen", "ref_rejected"}: the loss, and what to watch. batch: all
+    pairs of the step, where these are a part (nll is the mean over the chosen agent tokens of the step)."""
+    B, tokens = len(pairs), agent_tokens([pair["chosen"] for pair in batch or pairs])
+    sides = [(side, pair) for side in ("chosen", "rejected") for pair in pairs]
+    sums_BK, _ = turn_logprobs(model, lay_out(model, [pair[side] for side, pair in sides]))
     sums_B, ref_B = sums_BK.sum(-1), sums_BK.new_tensor([sum(pair[f"ref_{side}"]) for side, pair in sides])
     loss = dpo_loss(sums_B[:B], sums_B[B:], ref_B[:B], ref_B[B:], beta)
-    loss = loss - nll * sums_B[:B].sum() / lengths_BK[:B].sum()
+    loss = loss - nll * sums_B[:B].sum() / (B * tokens)
     with torch.no_grad():
         reward_B = beta * (sums_B - ref_B)
         metrics = {"accuracy": (reward_B[:B] > reward_B[B:]).float().mean().item(),
@@ -286,14 +287,14 @@ def train_preferences(model, examples, out, cfg, seed, save, label):
     """Fit the policy on pairs of views. `model` is the initial policy: its log-probs, pi_ref, are taken before the
     first step."""
     add_reference(model, examples)
-    return fit(model, examples, lambda m, batch: preference_loss(m, batch, cfg.beta, cfg.nll), out, cfg, seed, save,
-               label=label, sizes=[len(e["chosen"][0]) + len(e["rejected"][0]) for e in examples])
+    return fit(model, examples, lambda m, part, batch: preference_loss(m, part, cfg.beta, cfg.nll, batch), out, cfg,
+               seed, save, label=label, sizes=[len(e["chosen"][0]) + len(e["rejected"][0]) for e in examples])
 
 
-def imitation_loss(model, batch):
-    """RFT: minus the mean log-prob of the agent's tokens in a batch of views."""
-    sums_BK, lengths_BK = turn_logprobs(model, lay_out(model, batch))
-    return -sums_BK.sum() / lengths_BK.sum(), {}
+def imitation_loss(model, views, batch=None):
+    """RFT: minus the mean log-prob of the agent's tokens. batch: all views of the step, where these are a part."""
+    sums_BK, _ = turn_logprobs(model, lay_out(model, views))
+    return -sums_BK.sum() / (len(views) * agent_tokens(batch or views)), {}
 
 
 def train_imitation(model, views, out, cfg, seed, save, label):

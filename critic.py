@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from env import ANSWER_MARKER, Task, render
 from kernels.fit import arg, fit
-from kernels.logprob import add_reference, lay_out, pad_turns, reference_sums, turn_logprobs
+from kernels.logprob import add_reference, agent_tokens, lay_out, pad_turns, reference_sums, turn_logprobs
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,17 @@ def critic_view(tokenizer, trajectory, use_reference=True):
     return render(tokenizer, trajectory["dialogue_history"], reference)
 
 
-def loss_fn(model, batch, beta, nll, normalize):
-    """The training loss on a batch of pairs, and what to watch: accuracy, margin, and the margin's share in the last
-    turn."""
-    B = len(batch)
-    sides = [(side, pair) for side in ("chosen", "rejected") for pair in batch]
+def loss_fn(model, pairs, beta, nll, normalize, batch=None):
+    """The training loss on a list of pairs, and what to watch: accuracy, margin, and the margin's share in the last
+    turn. batch: all pairs of the step, where these are a part (nll is a mean over the step's chosen agent tokens)."""
+    B, tokens = len(pairs), agent_tokens([pair["chosen"] for pair in batch or pairs])
+    sides = [(side, pair) for side in ("chosen", "rejected") for pair in pairs]
     sums_BK, lengths_BK = turn_logprobs(model, lay_out(model, [pair[side] for side, pair in sides]))
     ref_BK = pad_turns([pair[f"ref_{side}"] for side, pair in sides], sums_BK)
     advantages_BK = turn_advantages(sums_BK, ref_BK, lengths_BK, normalize)
     chosen_BK, rejected_BK = advantages_BK[:B], advantages_BK[B:]
     loss = bradley_terry_loss(chosen_BK, rejected_BK, beta)
-    loss = loss - nll * sums_BK[:B].sum() / lengths_BK[:B].sum()
+    loss = loss - nll * sums_BK[:B].sum() / (B * tokens)
     with torch.no_grad():
         margin_B = chosen_BK.sum(-1) - rejected_BK.sum(-1)
         turn_K = torch.arange(1, lengths_BK.shape[1] + 1, device=lengths_BK.device)
@@ -122,8 +122,8 @@ def train(model, tokenizer, pairs, out, cfg, seed, save):
     examples = [{"chosen": critic_view(tokenizer, better, cfg.reference),
                  "rejected": critic_view(tokenizer, worse, cfg.reference)} for better, worse in pairs]
     add_reference(model, examples)
-    return fit(model, examples, lambda m, batch: loss_fn(m, batch, cfg.beta, cfg.nll, cfg.normalize), out, cfg, seed,
-               save, label="critic", sizes=[len(e["chosen"][0]) + len(e["rejected"][0]) for e in examples])
+    return fit(model, examples, lambda m, part, batch: loss_fn(m, part, cfg.beta, cfg.nll, cfg.normalize, batch), out,
+               cfg, seed, save, label="critic", sizes=[len(e["chosen"][0]) + len(e["rejected"][0]) for e in examples])
 
 
 # ------------------------------------------------------------------ ranking

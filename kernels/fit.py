@@ -1,7 +1,7 @@
 """One training loop for every stage: AdamW, warm-up, linear decay, checkpoints that resume exactly.
 
 The stages differ in their loss alone, so they hand it over: `fit(model, examples, loss_fn, ...)` calls
-`loss_fn(model, batch)` on lists of examples and takes a step on what it returns. The order of examples depends on
+`loss_fn(model, part, batch)` on lists of examples and takes a step on what it returns. The order of examples depends on
 (seed, epoch) only, and a checkpoint holds all that an uninterrupted run would have (weights, optimizer, step, log),
 so that a run killed anywhere ends in the same weights.
 
@@ -183,10 +183,11 @@ class Checkpoint:
 
 
 def take_step(model, batch, loss_fn, micro_batch):
-    """Gradient of the mean loss over a batch, `micro_batch` examples at a time; returns the step's figures."""
+    """Gradient of the mean loss over a batch, `micro_batch` examples at a time; returns the step's figures. A mean over
+    tokens is one of the whole batch, which is why the loss sees the batch beside its part."""
     row, size = {}, micro_batch or len(batch)
     for part in (batch[i:i + size] for i in range(0, len(batch), size)):
-        loss, metrics = loss_fn(model, part)
+        loss, metrics = loss_fn(model, part, batch)
         share = len(part) / len(batch)
         (share * loss).backward()
         for name, value in {"loss": float(loss.detach()), **metrics}.items():
@@ -208,8 +209,8 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *, label="fit", warmup=0
     """Train `model` in place on `examples` and let `save(folder)` write the result to `out`; returns the log, a row a
     step.
 
-    loss_fn(model, list of examples) -> (loss, {name: float}), the loss a mean over the examples. cfg: .lr,
-    .batch_size, .epochs; the learning rate rises to lr over the share `warmup` of the steps and then falls linearly
+    loss_fn(model, part, batch) -> (loss, {name: float}): the mean over some examples of a batch, all of them where
+    there are no micro-batches. cfg: .lr, .batch_size, .epochs; the learning rate rises to lr over the share `warmup` of the steps and then falls linearly
     to 0. micro_batch: examples per backward pass (memory); the step is the same. While training, OUT.partial holds a
     checkpoint; the result appears in one rename.
     """

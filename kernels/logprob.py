@@ -177,6 +177,11 @@ def turn_logprobs(model, batch):
     return sums.view(B, K), lengths.view(B, K)
 
 
+def agent_tokens(examples):
+    """How many agent tokens an example of a list of (input_ids, turn_ids) has, in the mean."""
+    return sum(turn > 0 for _, turn_ids in examples for turn in turn_ids) / len(examples)
+
+
 def pad_turns(rows, like_BK):
     """Lists of per-turn sums of unequal length -> one tensor of the shape and kind of like_BK, 0 where a turn is
     absent."""

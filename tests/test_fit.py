@@ -1,4 +1,5 @@
 """The training loop: order of examples, micro-batches, and a run that was killed."""
+import copy
 import json
 import math
 from dataclasses import dataclass
@@ -25,9 +26,9 @@ class Killed(Exception):
     pass
 
 
-def squares(model, batch):
+def squares(model, part, batch=None):
     """A loss that is a mean over its examples."""
-    x, y = (torch.tensor(column) for column in zip(*batch))
+    x, y = (torch.tensor(column) for column in zip(*part))
     error = ((model(x[:, None]).squeeze(-1) - y) ** 2).mean()
     return error, {"error": float(error.detach())}
 
@@ -99,15 +100,41 @@ def pair_examples(model, tokenizer, trajectories):
 
 
 @pytest.mark.parametrize("micro", [1, 2])
-def test_micro_batches_make_the_same_step_on_preferences(model64, trajectories, tokenizer, micro):
+@pytest.mark.parametrize("loss", ["critic", "actor", "rft"])
+def test_micro_batches_make_the_same_step_of_every_stage(model64, trajectories, tokenizer, micro, loss):
+    """The likelihood of chosen turns is a mean over the tokens of the step, not of its parts."""
     examples = pair_examples(model64, tokenizer, trajectories)
-    for loss_fn in (lambda m, b: critic.loss_fn(m, b, 1.0, 0.0, "turn"),
-                    lambda m, b: actor.preference_loss(m, b, 0.1, 0.0)):
-        whole, parts = perturbed(model64), perturbed(model64)
-        want, found = take_step(whole, examples, loss_fn, None), take_step(parts, examples, loss_fn, micro)
-        assert found == pytest.approx(want, abs=1e-6)
-        for a, b in zip(whole.parameters(), parts.parameters()):
-            assert torch.allclose(a.grad, b.grad, atol=1e-6)
+    assert len({sum(map(bool, example["chosen"][1])) for example in examples}) > 2  # or the means would be the same
+    loss_fn = {"critic": lambda m, part, batch: critic.loss_fn(m, part, 1.0, 0.3, "turn", batch),
+               "actor": lambda m, part, batch: actor.preference_loss(m, part, 0.1, 0.3, batch),
+               "rft": lambda m, part, batch: actor.imitation_loss(m, [e["chosen"] for e in part],
+                                                                  [e["chosen"] for e in batch])}[loss]
+    whole, parts = perturbed(model64), perturbed(model64)
+    want, found = take_step(whole, examples, loss_fn, None), take_step(parts, examples, loss_fn, micro)
+    assert found == pytest.approx(want, abs=1e-6)
+    for a, b in zip(whole.parameters(), parts.parameters()):
+        assert torch.allclose(a.grad, b.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["critic", "actor", "rft"])
+def test_a_run_in_micro_batches_is_the_run(model, trajectories, tokenizer, tmp_path, stage):
+    """The stages hand the whole batch over: the same log, step by step."""
+    logs = []
+    for micro in (None, 1):
+        mine = copy.deepcopy(model)
+        mine.micro_batch = micro
+        save, out = save_to(mine, tokenizer), tmp_path / f"{stage}{micro}"
+        if stage == "critic":
+            pairs = [(trajectories[i], trajectories[i + 1]) for i in range(0, 10, 2)]
+            logs.append(critic.train(mine, tokenizer, pairs, out, critic.Critic(nll=0.3, batch_size=5), 0, save))
+        elif stage == "actor":
+            logs.append(actor.train_preferences(mine, pair_examples(mine, tokenizer, trajectories), out,
+                                                actor.Actor(nll=0.3, batch_size=5), 0, save, "actor"))
+        else:
+            views = [render(tokenizer, t["dialogue_history"]) for t in trajectories[:5]]
+            logs.append(actor.train_imitation(mine, views, out, actor.Rft(batch_size=5, epochs=3), 0, save, "rft"))
+    for want, found in zip(*logs, strict=True):
+        assert found == pytest.approx(want, rel=1e-3, abs=1e-4)
 
 
 def test_fit_is_adamw_with_warm_up_decay_and_clipping(tmp_path):
@@ -147,20 +174,20 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, steps, ev
     log = fit(whole, POINTS, squares, tmp_path / "whole", Config(), 3, saver(whole), checkpoint_seconds=every)
     calls = []
 
-    def dies(model, batch):
-        calls.append(batch)
+    def dies(model, part, batch):
+        calls.append(part)
         if len(calls) > steps:
             raise Killed
-        return squares(model, batch)
+        return squares(model, part)
     first = small()
     with pytest.raises(Killed):
         fit(first, POINTS, dies, tmp_path / "out", Config(), 3, saver(first), checkpoint_seconds=every)
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
     calls.clear()
 
-    def counts(model, batch):
-        calls.append(batch)
-        return squares(model, batch)
+    def counts(model, part, batch):
+        calls.append(part)
+        return squares(model, part)
     second = small()
     resumed = fit(second, POINTS, counts, tmp_path / "out", Config(), 3, saver(second), checkpoint_seconds=every)
     assert len(calls) == (15 - steps if every == 0.0 else 15)
@@ -177,11 +204,11 @@ def test_killed_twice_and_while_saving(tmp_path):
     for steps in (3, 5):
         calls = []
 
-        def dies(model, batch, calls=calls, steps=steps):
-            calls.append(batch)
+        def dies(model, part, batch, calls=calls, steps=steps):
+            calls.append(part)
             if len(calls) > steps:
                 raise Killed
-            return squares(model, batch)
+            return squares(model, part)
         with pytest.raises(Killed):
             model = small()
             fit(model, POINTS, dies, tmp_path / "out", Config(), 3, saver(model), checkpoint_seconds=0.0)
@@ -201,9 +228,9 @@ def test_killed_twice_and_while_saving(tmp_path):
 def test_the_result_appears_only_at_the_end(tmp_path):
     out, model, seen = tmp_path / "out", small(), []
 
-    def watches(m, batch):
+    def watches(m, part, batch):
         seen.append(out.exists())
-        return squares(m, batch)
+        return squares(m, part)
 
     def save(folder):
         seen.append(out.exists())
