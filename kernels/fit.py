@@ -210,9 +210,9 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *, label="fit", warmup=0
     step.
 
     loss_fn(model, part, batch) -> (loss, {name: float}): the mean over some examples of a batch, all of them where
-    there are no micro-batches. cfg: .lr, .batch_size, .epochs; the learning rate rises to lr over the share `warmup` of the steps and then falls linearly
-    to 0. micro_batch: examples per backward pass (memory); the step is the same. While training, OUT.partial holds a
-    checkpoint; the result appears in one rename.
+    there are no micro-batches. cfg: .lr, .batch_size, .epochs; the learning rate rises to lr over the share `warmup`
+    of the steps and then falls linearly to 0. micro_batch: examples per backward pass (memory); the step is the same.
+    While training, OUT.partial holds a checkpoint; the result appears in one rename.
     """
     out, work = Path(out), Path(f"{out}.partial")
     work.mkdir(parents=True, exist_ok=True)

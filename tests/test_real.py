@@ -289,7 +289,7 @@ def views_of(tokenizer, n=8):
             for i in range(1, n + 1)]
 
 
-def likelihood(model, batch):
+def likelihood(model, batch, _=None):
     sums, lengths = turn_logprobs(model, collate(batch, model.device))
     return -sums.sum() / lengths.sum(), {}
 
@@ -360,7 +360,7 @@ def test_adapters_resume_bit_for_bit(agent, tmp_path):
     whole = trained(agent, tmp_path / "whole", Config(epochs=3), Machine(lora=2))[0].state_dict()
     calls = []
 
-    def dies(model, batch):
+    def dies(model, batch, _):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
@@ -390,7 +390,7 @@ def test_bfloat16_resumes_bit_for_bit(agent, tmp_path):
     cfg, rough, calls = Config(lr=1e-4, epochs=3), Machine(dtype="bfloat16"), []
     whole = trained(agent, tmp_path / "whole", cfg, rough)[0].state_dict()
 
-    def dies(model, batch):
+    def dies(model, batch, _):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
