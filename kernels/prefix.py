@@ -206,24 +206,37 @@ def share(prefixes, lengths=None):
     return rows
 
 
+class Alone:
+    """The plainest way to sample: each sequence by itself, read anew for each token."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def wake(self, live_L, prompts):
+        """As Tree's."""
+        self.ids = {branch: list(prompt) for branch, prompt in zip(live_L.tolist(), prompts)}
+        return self._run(live_L)
+
+    def step(self, live_L, token_L):
+        """As Tree's, one token a branch."""
+        for branch, token in zip(live_L.tolist(), token_L.tolist()):
+            self.ids[branch].append(token)
+        return self._run(live_L)
+
+    def _run(self, live_L):
+        rows = (torch.tensor([self.ids[branch]], device=live_L.device) for branch in live_L.tolist())
+        return torch.cat([self.model(input_ids=row, use_cache=False).logits[:, -1] for row in rows])
+
+
 class Rows:
     """The plain way to sample: every branch in a row of its own, left-padded, its prompt read in full in every turn."""
 
     def __init__(self, model):
-        self.model, self.padded = model, True
-        if not hasattr(model, "_can_pad"):
-            model._can_pad = self._equals_bare_calls()
-        self.padded = model._can_pad
-        if not self.padded:
-            say_once(f"{type(model).__name__} has no cache that works in padded rows; sampling reads each sequence by "
-                     "itself, anew for each token")
+        self.model = model
 
     def wake(self, live_L, prompts):
         """As Tree's."""
         from transformers import DynamicCache
-        if not self.padded:
-            self.ids = {branch: list(prompt) for branch, prompt in zip(live_L.tolist(), prompts)}
-            return self._run_alone(live_L)
         width, self.live_L = max(map(len, prompts)), live_L
         self.cache = DynamicCache(config=self.model.config)
         self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=live_L.device)
@@ -231,10 +244,6 @@ class Rows:
 
     def step(self, live_L, token_L):
         """As Tree's, one token a branch."""
-        if not self.padded:
-            for branch, token in zip(live_L.tolist(), token_L.tolist()):
-                self.ids[branch].append(token)
-            return self._run_alone(live_L)
         kept = torch.searchsorted(self.live_L, live_L)
         self.cache.reorder_cache(kept)
         self.live_L, self.mask = live_L, torch.cat([self.mask[kept], self.mask.new_ones(len(kept), 1)], 1)
@@ -245,24 +254,26 @@ class Rows:
         return self.model(input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache,
                           use_cache=True, logits_to_keep=1).logits[:, -1]
 
-    def _run_alone(self, live_L):
-        rows = (torch.tensor([self.ids[branch]], device=live_L.device) for branch in live_L.tolist())
-        return torch.cat([self.model(input_ids=row, use_cache=False).logits[:, -1] for row in rows])
 
-    @torch.no_grad()
-    def _equals_bare_calls(self):
-        """Seen on a probe: a prompt beside a longer one, and a token more, against sequences that are run alone."""
-        vocab, live = self.model.config.get_text_config().vocab_size, torch.arange(2, device=self.model.device)
+@torch.no_grad()
+def can_pad(model):
+    """Whether `Rows` computes what `Alone` does on this model: seen on a probe, a prompt beside a longer one and then a
+    token more. Says once where it does not."""
+    if not hasattr(model, "_can_pad"):
+        vocab, live = model.config.get_text_config().vocab_size, torch.arange(2, device=model.device)
         prompts = [[i % vocab for i in prompt] for prompt in ((3, 1, 2, 4, 5, 6), (6, 5))]
+
+        def logits(place):
+            return torch.stack([place.wake(live, prompts), place.step(live, live)]).float()
+        alone = logits(Alone(model))
         try:
-            ours = torch.stack([self.wake(live, prompts), self.step(live, live)]).float()
+            model._can_pad = bool((logits(Rows(model)) - alone).norm() < MUCH * alone.norm())
         except (TypeError, ValueError, RuntimeError, AttributeError):
-            return False
-        alone = []
-        for more in ([[], []], [[0], [1]]):
-            self.ids = {branch: prompt + tokens for branch, (prompt, tokens) in enumerate(zip(prompts, more))}
-            alone.append(self._run_alone(live))
-        return bool((ours - torch.stack(alone).float()).norm() < MUCH * torch.stack(alone).float().norm())
+            model._can_pad = False
+        if not model._can_pad:
+            say_once(f"{type(model).__name__} has no cache that works in padded rows; sampling reads each sequence by "
+                     "itself, anew for each token")
+    return model._can_pad
 
 
 @torch.no_grad()
@@ -320,7 +331,7 @@ def branches(model, prompts, alone=False):
     """The place where turns grow after prompts (tuples of token ids): `wake` begins a turn, `step` takes the next token
     of the live ones, and both return the logits of what follows. alone: several turns will grow after each other."""
     if not can_share(model):
-        return Rows(model)
+        return Rows(model) if can_pad(model) else Alone(model)
     prefixes = [prompt[:-1] for prompt in prompts]
     if alone:
         return Tree(model, prefixes)
