@@ -330,7 +330,7 @@ def render(tokenizer, messages, reference=None):
 
 # ------------------------------------------------------------------ reward
 
-FENCE = re.compile(r"^ {0,3}(```+|~~~+)[ \t]*(?![ \t])([\w+-]*)(?![\w+-])[^\n`]*\n(.*?)(?:^ {0,3}\1[ \t]*$|\Z)",
+FENCE = re.compile(r"^ {0,3}(```+|~~~+)[ \t]*(?![ \t])([\w+-]*)(?![\w+-])[^\n`]*\n(.*?)(?:^ {0,3}\1[`~]*[ \t]*$|\Z)",
                    re.M | re.S)
 _REPORTS = {}  # what each (program, calls) gave: policies repeat their answers, and every answer needs its reference
 
@@ -338,8 +338,9 @@ _REPORTS = {}  # what each (program, calls) gave: policies repeat their answers,
 def extract_code(answer):
     """The program in an answer: its fenced Markdown blocks (those marked as Python, if some are), or all of it."""
     answer = answer.lstrip("\ufeff").replace("\r\n", "\n")
-    blocks = [(kind.lower(), textwrap.dedent(body)) for _, kind, body in FENCE.findall(answer) if body.strip()]
-    python = [body for kind, body in blocks if kind in ("python", "py", "python3")]
+    blocks = [(kind.lower(), textwrap.dedent(body) if body.lstrip("\n")[0] in " \t" else body)  # dedent changes strings
+              for _, kind, body in FENCE.findall(answer) if body.strip()]
+    python = [body for kind, body in blocks if kind in ("python", "py", "python3", "py3", "ipython", "code")]
     code = "\n".join(python or [body for kind, body in blocks if not kind])
     return code or re.sub(r"(?m)^ {0,3}(```|~~~).*$", "", answer)
 

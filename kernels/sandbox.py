@@ -13,7 +13,7 @@ fast (a fresh Python for each call would take thirty times as long as the call).
 - The **worker** only forks, kills and wipes. It never sees a job or a result, so that no program finds another one's
   answers in the memory that it inherits. It is process 1 of a namespace of its own, which no signal from inside can
   end, and from which nothing escapes: when it kills "everybody", that is everybody. A program that changes what it can
-  of its worker (limits, priority, shared memory) costs the worker its place, and nobody a reward.
+  of its worker (limits, priority, the folder's rights, shared memory) costs the worker its place, and nobody a reward.
 - The **stem** gives up what rights there are, reads one job, loads the modules that it names and forks a child for each
   call: definitions, modules, files and processes of one call are gone before the next. Programs that provably only
   compute (`leaves_no_trace`; most small functions) run in the stem itself; nothing is contained any less for that.
@@ -23,23 +23,26 @@ worker imports little, and one fork serves all calls of a program where that can
 
 What is contained, with bubblewrap (Debian: `apt install bubblewrap`; used where a trial shows that it works): no
 network; nothing is readable but the installed software (no home, no /proc, no environment), nothing writable but a
-scratch folder of 64 MiB in memory that is wiped after every call. Always: one second a call, ten a program; for each
-process 1 GiB of data, 4 GiB of address space, 16 MiB a file, 256 descriptors, no core dumps; output to nowhere; 32
-processes a call (threads count), where a user id or a namespace of its own makes them countable.
-Without bubblewrap a PID namespace, or nothing but limits, whichever works first, and for root a user id that belongs
-to nobody: rewards are exact and programs end in time, but they can read and write what your user can, and use the
-network. With limits alone, which is also all there is on macOS, a program of a user who is not root can hunt down its
-worker and leave a process behind, or kill *all* your processes; and programs that run at the same time share one
-limit on processes.
+scratch folder of 64 MiB in memory (/tmp, too) that is wiped after every call. Always: one second a call, ten a program;
+for each process 1 GiB of data, 4 GiB of address space, 16 MiB a file, 256 descriptors, no core dumps; output to
+nowhere; 32 processes a call (threads count), where a user id or a namespace of its own makes them countable.
+Without bubblewrap a PID namespace, or nothing but limits, whichever works first, and for root a user id that belongs to
+nobody: rewards are exact and programs end in time, but they can read and write what your user can, and use the network
+(/tmp is the real one). With limits alone, which is also all there is on macOS, a program of a user who is not root can
+hunt down its worker and leave a process behind, or kill *all* your processes; and programs that run at the same time
+share one limit on processes.
 Not contained in any case: holes in the kernel, side channels, kernel keyrings, and answers that look for the reference
-where they can read it. The sum over processes is not limited: 32 of them may take 32 GiB.
+where they can read it. The sum over processes is not limited: 32 of them may take 32 GiB, and System V segments more.
+Programs of one worker can leave each other notes (POSIX message queues). Wiping what a program left may take a second
+or two beyond its ten. A grader that is killed leaves no process, and no file unless its worker was killed as well.
 
-Limits of exactness: time is wall-clock (the machine may be busy: the first call of a program that runs out gets one
-more try); sets order what has no hash of its own by address (None has the same one in all workers where `setarch` is);
-uuid4, os.urandom, numpy's default_rng() and the clock are not seeded; a value may hold 10^6 letters and parts and nest
-about 300 deep; values of kinds that `canonical` does not know (Path, UUID, Enum, dataclass, DataFrame, functions, your
-own classes) equal nothing; an OrderedDict compares like a dict, and a float32 by its exact value; of two values that
-differ, one pair in 2^64 hashes alike.
+Limits of exactness: time is wall-clock (a program that ran out while others had the processors runs again, by itself,
+at the end; a machine that is busy with something else can still cost a call); sets order what has no hash of its own by
+address (None has the same one in all workers where `setarch` is); uuid4, os.urandom, numpy's default_rng() and the
+clock are not seeded; a datetime64 is never a date, and an hour that the clocks run through twice is that of UTC; a
+value may hold 10^6 letters and parts and nest about 300 deep; values of kinds that `canonical` does not know (Path,
+UUID, Enum, dataclass, DataFrame, functions, your own classes) equal nothing; an OrderedDict compares like a dict, and a
+float32 by its exact value; of two values that differ, one pair in 2^64 hashes alike.
 
 No torch here. Exercised by `python -m pytest tests/test_grade.py`; measured by `python kernels/bench_grade.py`.
 """
@@ -61,7 +64,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 COUNTER = itertools.count()
-REPORT = re.compile(rb"(\d{1,6}|ready) (-?[0-9]{1,20}|![ -~]{0,300}|)")
+BUSY = 0.7  # of the time on a processor: whoever had less, and did not sleep, had to wait for others
+REPORT = re.compile(rb"(\d{1,6}|ready) (-?[0-9]{1,20}|![ -~]{0,300})")
 
 
 def ways():
@@ -76,8 +80,9 @@ def ways():
     bwrap += [word for path in [*roads, "/dev"] for word in ("--dir", path)]
     bwrap += [word for path in shown for word in ("--ro-bind-try", path, path)]
     bwrap += [word for name in ("null", "zero", "random", "urandom") for word in ("--dev-bind", *[f"/dev/{name}"] * 2)]
-    bwrap += f"--size {2 ** 26} --tmpfs /scratch --symlink /scratch /dev/shm --chdir /scratch --remount-ro /".split()
-    unshare = f"unshare {'' if root else '--user --map-root-user'} --pid --fork --kill-child".split()
+    bwrap += f"--size {2 ** 26} --tmpfs /scratch --symlink /scratch /dev/shm --symlink /scratch /tmp".split()
+    bwrap += "--chdir /scratch --remount-ro /".split()
+    unshare = f"unshare {'' if root else '--user --map-root-user'} --pid --ipc --fork --kill-child".split()
     worse = "they can read and write what you can (for more, apt install bubblewrap)"
     return [("bubblewrap: no network, no files of yours", bwrap, root), (f"a PID namespace: {worse}", unshare, root),
             (f"limits alone: {worse}", [], root), (f"limits alone: {worse}", [], False)]
@@ -101,13 +106,13 @@ class Worker:
         env = {"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1",
                "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HOME": ".",
                "TMPDIR": ".", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path.endswith("-packages"))}
-        self.scratch = tempfile.TemporaryDirectory(prefix="sweet-", ignore_cleanup_errors=True)
+        self.scratch = None if "bwrap" in command else tempfile.mkdtemp(prefix="sweet-")
         self.control, theirs = socket.socketpair()
         self.control.settimeout(10)
         with theirs:
             self.process = subprocess.Popen(
                 ["sh", "-c", lower, "sh", *command, sys.executable, "-c", far_side, str(uid)],
-                env=env, cwd=self.scratch.name, stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                env=env, cwd=self.scratch or "/", stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 start_new_session=True)
 
     def close(self):
@@ -117,14 +122,16 @@ class Worker:
                 self.process.wait(timeout=5)
             self.process.kill()
             self.process.wait()
-            self.scratch.cleanup()
+            if self.scratch and os.path.exists(self.scratch):  # a worker that was killed could not; may take time
+                subprocess.run(["sh", "-c", '(chmod -R u+rwX "$0"; rm -rf "$0") >/dev/null 2>&1 &', self.scratch])
             self.process = None
 
-    def run(self, source, calls, call_seconds, answer_seconds):
-        """One report a call: the hash of its value, or "!" and what went wrong."""
-        reports, end, patient = [], time.monotonic() + answer_seconds, True
+    def run(self, source, calls, call_seconds, answer_seconds, last=True):
+        """One report a call: the hash of its value, or "!" and what went wrong. Without `last`, None where a program
+        ran out of time because others had the processors."""
+        reports, tried, end = [], None, time.monotonic() + answer_seconds
         while len(reports) < len(calls) and time.monotonic() < end:
-            known = len(reports)
+            known, start, ran_out = len(reports), time.monotonic(), False
             try:
                 ours, theirs = socket.socketpair()
                 with ours:
@@ -133,19 +140,23 @@ class Worker:
                     ours.settimeout(answer_seconds)
                     ours.sendall(marshal.dumps((source, calls, known)))
                     ours.shutdown(socket.SHUT_WR)
-                    with contextlib.suppress(TimeoutError):
+                    try:
                         listen(ours, reports, len(calls), call_seconds, end)
+                    except TimeoutError:
+                        ran_out = True
+                took = time.monotonic() - start
                 self.control.send(b"E")
-                if not self.control.recv(1):
-                    raise OSError("the worker did not survive this program")
-            except OSError:
+                milliseconds, preempted = map(int, self.control.recv(40).split())  # ValueError: it says nothing
+            except (OSError, ValueError):  # the worker did not survive this program
                 with contextlib.suppress(OSError):  # where none can be started now, the next round tries again
                     self.start()
-            if len(reports) == known:
-                if not patient:
-                    reports.append("!out of time, or its process died")
-                patient = False  # the machine may have been busy: one more try a program
-        return reports + ["!the program's time was up"] * (len(calls) - len(reports))
+            else:
+                if ran_out and not last and preempted > 5 and milliseconds < 1000 * BUSY * took:
+                    return None
+            if len(reports) == known and (ran_out or tried == known):
+                reports.append("!out of time, or its process died")
+            tried = known
+        return reports + ["!out of time: the program's was up"] * (len(calls) - len(reports))
 
 
 def listen(ours, reports, wanted, call_seconds, end):
@@ -189,20 +200,23 @@ def run(jobs, call_seconds=1.0, answer_seconds=10.0, workers=None):
     """Run (source, calls) jobs, in parallel; for each job a list of reports, one a call: a hash of the value that the
     call returned, or "!" and what went wrong."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    left, reports, workers = collections.deque(enumerate(jobs)), {}, min(workers or cores, len(jobs))
+    left, reports, workers = collections.deque(range(len(jobs))), {}, min(workers or cores, len(jobs))
     if not jobs:
         return []
     way = tightest_way()
     with tqdm(total=len(jobs), desc="     grading", delay=3, leave=False) as bar:
-        def serve(_):
+        def serve(last):
             with contextlib.closing(Worker(way)) as one, contextlib.suppress(IndexError):
                 while True:
-                    i, job = left.popleft()
-                    reports[i] = one.run(*job, call_seconds, answer_seconds)
-                    bar.update()
+                    i = left.popleft()
+                    reports[i] = one.run(*jobs[i], call_seconds, answer_seconds, last)
+                    bar.update(reports[i] is not None)
         with ThreadPoolExecutor(workers) as pool:
             try:
-                list(pool.map(serve, range(workers)))
+                list(pool.map(serve, [workers == 1] * workers))
+                left.extend(sorted(i for i in reports if reports[i] is None))
+                if left:  # what had too little of the processors runs by itself
+                    serve(True)
             finally:
                 left.clear()  # after Ctrl-C nobody takes another job
     return [reports[i] for i in range(len(jobs))]

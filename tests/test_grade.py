@@ -91,11 +91,14 @@ def test_orphans_are_gone_and_write_nothing_later(kind, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
-def test_nothing_outlives_a_grader_that_is_killed(kind):
-    """Not even the program that was running: the worker sees the end of its orders, kills everybody and leaves."""
+def test_nothing_outlives_a_grader_that_is_killed(kind, tmp_path):
+    """No folder, and not even the program that was running: the worker sees the end of its orders, kills everybody and
+    leaves."""
     start = (f"from kernels import sandbox; sandbox.tightest_way = lambda: {sandbox.tightest_way()}; "
              "sandbox.run([('import os\\nos.fork()\\nwhile True: pass', ['1'])], 60, 60, 1)")
-    parent = subprocess.Popen([sys.executable, "-c", start], cwd=Path(env.__file__).parent)
+    os.chmod(tmp_path, 0o711)
+    parent = subprocess.Popen([sys.executable, "-c", start], cwd=Path(env.__file__).parent,
+                              env={**os.environ, "TMPDIR": str(tmp_path)})
     end = time.monotonic() + 20
     while len(family(parent.pid)) < 4 and time.monotonic() < end:
         time.sleep(0.05)
@@ -106,7 +109,7 @@ def test_nothing_outlives_a_grader_that_is_killed(kind):
     end = time.monotonic() + 10
     while any(os.path.exists(f"/proc/{pid}") for pid in born) and time.monotonic() < end:
         time.sleep(0.05)
-    assert [pid for pid in born if os.path.exists(f"/proc/{pid}")] == []
+    assert [pid for pid in born if os.path.exists(f"/proc/{pid}")] == [] and list(tmp_path.iterdir()) == []
 
 
 def test_a_canary_folder_and_a_listening_socket_stay_untouched(kind, tmp_path, monkeypatch):
@@ -186,6 +189,12 @@ MEDDLERS = {  # changes to the worker that would last, were it not replaced
     "trace": "ctypes.CDLL(None).ptrace(16, PID, 0, 0)",
     "shared_memory": "ctypes.CDLL(None).shmget(0, 10 ** 8, 0o1666)",
     "stop": "os.kill(PID, 19)",
+    "rights": "os.chmod('.', 0o500)",
+    "attribute": "os.setxattr('.', 'user.a', b'1')",
+    "rules": "os.setxattr('.', 'system.posix_acl_default', bytes.fromhex('02000000' + ''.join("
+             "t + '000000ffffffff' for t in ('01', '04', '20'))))",
+    "messages": "ctypes.CDLL(None).msgget(0, 0o1666)",
+    "folder": "os.rmdir(os.getcwd())",
 }
 
 
@@ -240,22 +249,58 @@ def test_programs_of_a_root_have_no_rights(kind):
     assert max(grade([answer] * len(tasks), tasks)) == 1.0
 
 
-def test_a_call_that_ran_out_gets_one_more_try(kind, monkeypatch):
+SPINNERS = """
+import os, time
+def f(x):
+    for i in range(30):
+        try:
+            if os.fork() == 0:
+                os.setsid()
+                while True:
+                    pass
+        except OSError:
+            pass
+    time.sleep(0.5)
+    return [x, x * x]
+"""
+BUSY_AND_RIGHT = """
+import time
+def f(x):
+    end = time.process_time() + 0.35
+    while time.process_time() < end:
+        pass
+    return [x, x * x]
+"""
+
+
+def test_a_program_that_takes_the_processors_costs_no_other_its_reward(kind):
+    answers = [SPINNERS, BUSY_AND_RIGHT, SPINNERS + "#", BUSY_AND_RIGHT + "#"]
+    assert grade(answers, [task(RIGHT, "f(1)", "f(2)")] * 4, workers=2, **FAST)[1::2] == [1.0] * 2
+
+
+def test_who_sleeps_or_loops_is_not_run_again(kind, monkeypatch):
+    runs, real = [], sandbox.Worker.run
+    monkeypatch.setattr(sandbox.Worker, "run", lambda self, *job: runs.append(job[0]) or real(self, *job))
+    sleeps, loops = ("def f(x):\n    time.sleep(9)\nimport time", "def f(x):\n    while x: pass\n    return [x, x * x]")
+    assert grade([sleeps, loops], [task(RIGHT, "f(0)", "f(1)")] * 2, workers=2, **FAST) == [0.0, 0.5]
+    assert runs.count(sleeps) == runs.count(loops) == 1
+
+
+def test_what_dies_without_a_word_gets_one_more_try(kind, monkeypatch):
     real, tries = sandbox.listen, []
 
-    def distracted(*given):
+    def deaf(ours, *given):
         tries.append(1)
-        if len(tries) == 2:
-            raise TimeoutError
-        real(*given)
-    monkeypatch.setattr(sandbox, "listen", distracted)
-    assert grade([RIGHT + "#"], [SQUARE], workers=1) == [1.0] and len(tries) == 3
+        if len(tries) > 1:
+            real(ours, *given)
+    monkeypatch.setattr(sandbox, "listen", deaf)
+    assert grade([RIGHT + "#"], [task(RIGHT + "##", "f(1)")], workers=1) == [1.0] and len(tries) == 3
 
 
 def test_a_flood_is_not_kept():
     ours, theirs = socket.socketpair()
     with ours, theirs, ThreadPoolExecutor(1) as pool:
-        said = pool.submit(theirs.sendall, b"x" * 2 ** 25 + b"\nready \n0 !no\n")
+        said = pool.submit(theirs.sendall, b"x" * 2 ** 25 + b"\nready !\n0 !no\n")
         tracemalloc.start()
         sandbox.listen(ours, reports := [], 1, 30, time.monotonic() + 60)
         peak = tracemalloc.get_traced_memory()[1]
@@ -307,11 +352,26 @@ VALUES = [  # reference, answer, whether == calls them equal (NaN counting as eq
     ("decimal.Decimal('0.5')", "fractions.Fraction(1, 2)", 1), ("decimal.Decimal('0.1')", "0.1", 0), ("int", "int", 1),
     ("int", "float", 0), ("collections.Counter('aab')", "{'a': 2, 'b': 1}", 1), ("{1: 0}.keys()", "{1}", 1),
     ("collections.namedtuple('P', 'x y')(1, 2)", "(1, 2)", 1), ("10 ** 400 + 1", "10 ** 400", 0),
-    ("1 + 10 ** 400", "10 ** 400 + 1", 1)]
+    ("1 + 10 ** 400", "10 ** 400 + 1", 1),
+    ("datetime.time(12, tzinfo=datetime.timezone.utc)",
+     "datetime.time(13, tzinfo=datetime.timezone(datetime.timedelta(hours=1)))", 1),
+    ("datetime.time(0, 30, tzinfo=datetime.timezone(datetime.timedelta(hours=1)))",
+     "datetime.time(23, 30, tzinfo=datetime.timezone.utc)", 0),
+    ("datetime.time(12)", "datetime.time(12, tzinfo=datetime.timezone.utc)", 0),
+    ("datetime.date(2024, 1, 2)", "type('D', (datetime.date,), {})(2024, 1, 2)", 1),
+    ("datetime.timedelta(1)", "type('D', (datetime.timedelta,), {})(1)", 1),
+    ("datetime.timedelta(1)", "datetime.timedelta(2)", 0), ("datetime.time(1)", "datetime.time(2)", 0),
+    ("datetime.datetime(2024, 1, 1, fold=1)", "datetime.datetime(2024, 1, 1)", 1),
+    ("5", "type('O', (), {'as_integer_ratio': lambda self: (5, 1)})()", 0)]
 NUMPY = [("numpy.float64(0.5)", "0.5", 1), ("numpy.int64(3)", "3", 1), ("numpy.bool_(True)", "True", 1),
          ("numpy.array([1, 2])", "numpy.array([1.0, 2.0])", 1), ("numpy.array([1, 2])", "numpy.array([1, 3])", 0),
          ("numpy.zeros((2, 1))", "numpy.zeros((1, 2))", 0), ("[numpy.bool_(True)]", "[True]", 1),
-         ("numpy.array([numpy.nan])", "numpy.array([numpy.nan])", 1)]
+         ("numpy.array([numpy.nan])", "numpy.array([numpy.nan])", 1), ("numpy.longdouble(0.5)", "0.5", 1),
+         ("numpy.datetime64('2024-01-01')", "numpy.datetime64('2024-01-01T00:00')", 1),
+         ("numpy.datetime64('2024-01-01')", "numpy.datetime64('2024-01-02')", 0),
+         ("numpy.datetime64('2024-01-01T00:00:00.000000001')", "numpy.datetime64('2024-01-01T00:00:00')", 0),
+         ("numpy.timedelta64(60, 's')", "numpy.timedelta64(1, 'm')", 1),
+         ("numpy.array(['2024-01-01'], 'M8[D]')", "numpy.array(['2024-01-01'], 'M8[s]')", 1)]
 
 
 def test_values_compare_as_python_sees_them(kind):
@@ -329,9 +389,14 @@ def test_hash_order_random_numbers_and_scratch_agree_with_themselves(kind):
     sources = ["def f():\n    return list({'a', 'bc', 'def', 'q', 3.5, ('x',)})\n",
                "import random\ndef f():\n    return [random.random() for _ in range(3)]\n",
                "import numpy\ndef f():\n    return numpy.random.rand(3)\n",
+               "def f():\n    return __import__('random').random()\n",
+               "import importlib\ndef f():\n    return importlib.import_module('random').random()\n",
+               "def f():\n    exec('import random')\n    return eval('random.random()')\n",
                "def f():\n    return hash(None)\n",  # it orders sets, and is an address before Python 3.12
                "import os, sqlite3\ndef f():\n    sqlite3.connect('a.db').execute('create table t (x int)')\n"
                "    return sorted(os.listdir('.'))\n"]
+    if kind == "bubblewrap":  # elsewhere it is the real one
+        sources.append("def f():\n    open('/tmp/a', 'w').write('a')\n    return open('/tmp/a').read()\n")
     tasks = [task(source, "f()", "f()") for source in sources] * 3
     answers = [f"{t.ground_truth}# {i}" for i, t in enumerate(tasks)]
     assert grade(answers, tasks, workers=2) == [1.0] * len(tasks)
@@ -360,6 +425,9 @@ def test_extract_code():
     assert extract_code("x = 1") == "x = 1"
     assert extract_code("a\n```python\nx = 1\n```\nb") == "x = 1\n"
     assert extract_code("a\n~~~py\nx = 1\n~~~\nb\n```python\ny = 2\n```") == "x = 1\n\ny = 2\n"
+    assert extract_code("```py3\nx = 1\n````\nb") == "x = 1\n"
+    blank = "s = '''\n   \n'''\n"
+    assert extract_code(f"```python\n{blank}```") == blank
     assert extract_code("- here:\n   ```python\n   x = 1\n   ```\n") == "x = 1\n"
     start = time.monotonic()
     assert extract_code("```" + "a" * 20000 + "`\n" + "```" + " " * 20000 + "`") is not None
@@ -375,7 +443,9 @@ def test_extract_code():
     "from collections import abc", "match x:\n    case object(gi_frame=f): pass", "import typing\ntyping.sys",
     "import math.os", "def __f__(): pass", "f = print; f = input", "from . import a",
     "import re\nre.enum.sys", "from re import enum", "import string", "from random import _inst", "import json",
-    "from typing import get_type_hints", "import datetime\ndatetime.sys", "def f(a=open): pass", "x = __builtins__"])
+    "from typing import get_type_hints", "'{0.a}'.format(f)", "import typing\ntyping.overload(f)",
+    "from typing import get_args", "import typing as t\nt.final(f)",
+    "try:\n    f.a\nexcept AttributeError as e:\n    y = e.obj", "import datetime\ndatetime.sys", "def f(a=open): pass", "x = __builtins__"])
 def test_what_may_leave_a_trace_gets_a_process_for_each_call(source):
     assert not sandbox_worker.leaves_no_trace(compile(source, "<answer>", "exec"))
 
