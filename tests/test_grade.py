@@ -199,7 +199,8 @@ MEDDLERS = {  # changes to the worker that would last, were it not replaced
 
 
 def test_who_meddles_with_the_worker_harms_no_other_answer(kind):
-    writes = "def f(x):\n    open('a', 'w').write('abc' * 10 ** 5)\n    return [x, x * x]\n"
+    writes = ("def f(x):\n    with open('a', 'w') as file:\n        file.write('abc' * 10 ** 5)\n"
+              "    return [x, x * x] if open('a').read() else 0\n")
     answers = []
     for name, act in MEDDLERS.items():
         code = act.replace("PID", "os.getppid() if os.getppid() == 1 else int(open(f'/proc/{os.getppid()}/stat').read()"
@@ -445,7 +446,8 @@ def test_extract_code():
     "import re\nre.enum.sys", "from re import enum", "import string", "from random import _inst", "import json",
     "from typing import get_type_hints", "'{0.a}'.format(f)", "import typing\ntyping.overload(f)",
     "from typing import get_args", "import typing as t\nt.final(f)",
-    "try:\n    f.a\nexcept AttributeError as e:\n    y = e.obj", "import datetime\ndatetime.sys", "def f(a=open): pass", "x = __builtins__"])
+    "try:\n    f.a\nexcept AttributeError as e:\n    y = e.obj",
+    "import datetime\ndatetime.sys", "def f(a=open): pass", "x = __builtins__"])
 def test_what_may_leave_a_trace_gets_a_process_for_each_call(source):
     assert not sandbox_worker.leaves_no_trace(compile(source, "<answer>", "exec"))
 
