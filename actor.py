@@ -25,7 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from env import INSTRUCTIONS, DialogueEnv, InputError, Task, action_tokens, control_tokens, end_of_turn, grade, render
+from env import INSTRUCTIONS, DialogueEnv, InputError, Task
+from env import action_tokens, check_messages, control_tokens, end_of_turn, grade, read_jsonl, render
 from kernels.fit import arg, check_context, fit
 from kernels.logprob import add_reference, agent_tokens, lay_out, turn_logprobs
 from kernels.prefix import branches
@@ -34,7 +35,7 @@ from kernels.prefix import branches
 @dataclass(frozen=True)
 class Rollout:
     """Dialogues by the initial policy."""
-    tasks: int = arg(120, "training tasks", 10000)
+    tasks: int = arg(120, "training tasks (with --tasks: all of the file, unless given)", 10000)
     per_task: int = arg(8, "offline dialogues a task")
     max_turns: int = arg(4, "turns of a dialogue, the answer included", 10)
     max_tokens: int = arg(48, "tokens of a turn at most")
@@ -54,7 +55,7 @@ class Actor:
     """DPO on turn pairs (Eq. 4)."""
     lr: float = arg(1e-3, "learning rate", 2e-7)
     beta: float = arg(1.0, "Eq. 4's beta", 0.1)
-    nll: float = arg(1.0, "weight of the chosen turn's negative log-likelihood", 0.01)
+    nll: float = arg(1.0, "weight of the chosen turn's negative log-likelihood", 0.01, least=0)
     batch_size: int = arg(16, "turn pairs a step", 8)
     epochs: int = arg(4, "passes over the pairs", 1)
 
@@ -73,7 +74,7 @@ class Multiturn:
     per_task: int = arg(6, "trajectory pairs a task at most")
     lr: float = arg(1e-3, "learning rate", 2e-7)
     beta: float = arg(1.0, "DPO's beta on whole trajectories", 0.1)
-    nll: float = arg(1.0, "weight of the chosen trajectory's negative log-likelihood", 0.01)
+    nll: float = arg(1.0, "weight of the chosen trajectory's negative log-likelihood", 0.01, least=0)
     batch_size: int = arg(8, "trajectory pairs a step", 8)
     epochs: int = arg(8, "passes over the pairs", 4)
 
@@ -152,7 +153,13 @@ def play_out(model, tokenizer, envs, human, keys, *, temperature=1.0, top_p=1.0,
     live, growing = [i for i, env in enumerate(envs) if env.answer is None], None
     while live:
         asked = [i for i in live if envs[i].messages[-1]["role"] == "assistant"]
-        for i, reply in zip(asked, human.reply([envs[i].task for i in asked], [envs[i].messages for i in asked])):
+        replies = human.reply([envs[i].task for i in asked], [envs[i].messages for i in asked])
+        if not isinstance(replies, list) or len(replies) != len(asked):
+            raise InputError(f"{type(human).__name__}.reply() should return a list of {len(asked)} texts, one for each "
+                             f"dialogue; it returned {replies!r:.60}")
+        for i, reply in zip(asked, replies):
+            if not isinstance(reply, str | None):
+                raise InputError(f"{type(human).__name__}.reply() should return texts; it returned {reply!r:.60}")
             if reply is not None:
                 envs[i].observe(reply)
         live = [i for i in live if envs[i].messages[-1]["role"] == "user"]
@@ -213,12 +220,23 @@ def distinct(tokenizer, turns):
             for turn, count in Counter(tuple(turn) for turn in turns if turn).items()]
 
 
-def adopt_candidates(tokenizer, states):
-    """The same from turns that were sampled elsewhere: texts, or {"content"} with or without "output_ids", "count"."""
-    for state in states:
-        turns = [{"content": c} if isinstance(c, str) else c for c in state["candidates"]]
-        state["candidates"] = distinct(tokenizer, [action_tokens(tokenizer, c) for c in turns
-                                                   for _ in range(c.get("count", 1))])
+def read_candidates(tokenizer, path):
+    """The same from a file of turns that were sampled elsewhere: texts, or {"content"} with or without "output_ids" and
+    "count". InputError on anything else."""
+    states = []
+    for number, state in read_jsonl(path, ("task", "messages", "candidates")):
+        check_messages(state["messages"], f"{path}, line {number}: field 'messages'")
+        turns = [{"content": turn} if isinstance(turn, str) else turn for turn in state["candidates"]]
+        for turn in turns:
+            ids, n = (turn.get("output_ids", []), turn.get("count", 1)) if isinstance(turn, dict) else (None, 0)
+            ids_fit = isinstance(ids, list) and all(type(i) is int and 0 <= i < len(tokenizer) for i in ids)
+            if not (ids_fit and type(n) is int and n > 0 and isinstance(turn.get("content"), str)):
+                raise InputError(f"{path}, line {number}: field 'candidates' should hold texts, or 'content' (text), "
+                                 "perhaps 'output_ids' (of the model's vocabulary) and 'count' (1 or more); holds "
+                                 f"{turn!r:.80}")
+        repeated = [action_tokens(tokenizer, turn) for turn in turns for _ in range(turn.get("count", 1))]
+        states.append({**state, "candidates": distinct(tokenizer, repeated)})
+    return states
 
 
 def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade):

@@ -123,6 +123,11 @@ def write_json(path, value):
     os.replace(f"{path}.partial", path)
 
 
+def holds_something(path):
+    """Whether a file has content, or a folder files."""
+    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
+
+
 # ------------------------------------------------------------------ tasks
 
 @dataclass(frozen=True)
@@ -157,6 +162,9 @@ class Task:
             if not isinstance(record.get(name, kind()), kind):
                 raise InputError(f"{where}: field '{name}' should be a {kind.__name__}, is {record[name]!r:.40}")
         values = {name: record.get(name, kind()) for name, kind in known.items()}
+        for name, call in values["test_cases"].items():
+            if not isinstance(call, str):
+                raise InputError(f"{where}: field 'test_cases': '{name}' should be a call as text, is {call!r:.40}")
         return cls(**values, extra={k: value for k, value in record.items() if k not in known}, where=where)
 
 
@@ -169,14 +177,24 @@ def load_tasks(path, optional=("test_cases",)):
     return tasks
 
 
+def check_messages(messages, where):
+    """InputError unless this is a list of {"role": text, "content": text}."""
+    if not isinstance(messages, list):
+        raise InputError(f"{where} should be a list of messages, is {messages!r:.40}")
+    for message in messages:
+        if not isinstance(message, dict) or any(not isinstance(message.get(k), str) for k in ("role", "content")):
+            raise InputError(f"{where}: a message should have 'role' and 'content', both text; is {message!r:.60}")
+
+
 def read_trajectories(path):
     """Yield ColBench's offline dialogues one at a time, without what this project does not read (the prompt that is
     repeated with every turn is most of such a file). InputError on what is no graded dialogue."""
     for number, record in read_jsonl(path, ("task", "dialogue_history", "reward")):
         where, history, reward = f"{path}, line {number}", record["dialogue_history"], record["reward"]
-        if isinstance(reward, bool) or not isinstance(reward, (int, float)):
+        if isinstance(reward, bool) or not isinstance(reward, (int, float)) or reward != reward:
             raise InputError(f"{where}: field 'reward' should be a number, is {reward!r:.40}")
-        roles = [message.get("role") for message in history]
+        check_messages(history, f"{where}: field 'dialogue_history'")
+        roles = [message["role"] for message in history]
         if len(roles) < 2 or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
             raise InputError(f"{where}: field 'dialogue_history' should alternate user and assistant, is {roles!r:.80}")
         history = [{key: m[key] for key in ("role", "content", "output_ids") if key in m} for m in history]

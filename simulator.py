@@ -73,7 +73,10 @@ class ConsoleHuman(Human):
         replies = []
         for dialogue in dialogues:
             print(f"\nagent: {dialogue[-1]['content']}")
-            replies.append(input("you:   "))
+            try:
+                replies.append(input("you:   "))
+            except EOFError:
+                raise InputError("the input ended before the dialogue did") from None
         return replies
 
 

@@ -2,7 +2,7 @@
 
     python sweet.py                     everything, into runs/default/ (a laptop will do)
     python sweet.py --smoke             the same in miniature, to see that it works
-    python sweet.py STAGE               one stage; earlier ones must be done
+    python sweet.py STAGE               one stage, after what it needs and what is missing
     python sweet.py play                you are the human
     python sweet.py table               the README's table: several seeds of everything, and SWEET without c
 
@@ -33,7 +33,6 @@ import random
 import subprocess
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +45,10 @@ from tqdm import tqdm
 import actor
 import critic
 import report
-from env import ANSWER_MARKER, DialogueEnv, InputError, JsonlWriter
+from env import DialogueEnv, InputError, JsonlWriter, holds_something
 from env import load_tasks, read_jsonl, read_trajectories, render, write_groups, write_json
 from kernels.endpoint import Server
-from kernels.fit import ONE_GPU, SMOKE, Given, Machine, arg, load_model, save_to
+from kernels.fit import ONE_GPU, SMOKE, Given, Machine, arg, check_values, flag_of, load_model, save_to
 from kernels.prefix import use_plain_path
 from simulator import ConsoleHuman
 from worlds import backend, frontend
@@ -58,16 +57,17 @@ from worlds import backend, frontend
 @dataclass(frozen=True)
 class Eval:
     """Held-out dialogues."""
-    tasks: int = arg(500, "held-out tasks", 1000)
-    split: str = arg("test", "held-out tasks of the small world: dev (to choose settings) or test (once)")
-    top_p: float = arg(0.9, "the second way of decoding; the first is plain sampling at temperature 1")
+    tasks: int = arg(500, "held-out tasks (with --heldout: all of the file, unless given)", 1000)
+    split: str = arg("test", "held-out tasks of the small world: dev (to choose settings) or test (once)",
+                     among=("dev", "test"))
+    top_p: float = arg(0.9, "the second way of decoding; the first is plain sampling at temperature 1", most=1)
 
 
 @dataclass(frozen=True)
 class Credit:
     """How the critic is checked."""
     states: int = arg(200, "held-out states whose candidates the critic is tested on")
-    monte_carlo_states: int = arg(20, "states whose candidates are also valued by playing on")
+    monte_carlo_states: int = arg(20, "states whose candidates are also valued by playing on", least=0)
     monte_carlo_rollouts: int = arg(24, "dialogues played on from each candidate")
 
 
@@ -97,7 +97,7 @@ class Run:
         not."""
         if name == "trajectories.jsonl" and self.given.trajectories:
             return Path(self.given.trajectories)
-        own = name.split(".")[0] in ("critic", "candidates", "pairs", "actor", "eval", "credit", "seconds")
+        own = name.split(".")[0] in ("critic", "candidates", "pairs", "actor", "eval", "credit")
         return (self.variant if own else self.root) / name
 
     def claim(self, stage):
@@ -110,13 +110,14 @@ class Run:
             mine |= {one: values[one] or None} if one else {f"{group}.{key}": v for key, v in values.items()}
         if "://" in (mine.get("human") or ""):  # a server may move to another address, its model may not change
             mine["human"] = f"server: {self.settings['human'].model}"
-        file = self.path(STAGES[stage].output).parent / "settings" / f"{stage}.json"
-        if file.exists():
+        output = self.path(STAGES[stage].output)
+        file = output.parent / "settings" / f"{stage}.json"
+        if file.exists() and any(map(holds_something, (output, Path(f"{output}.partial")))):
             theirs = json.loads(file.read_text(encoding="utf-8"))
             for key in sorted(set(mine) | set(theirs)):
                 if mine.get(key) != theirs.get(key):
                     raise InputError(f"{file}: this run's {stage} was made with {key} = {theirs.get(key)!r}, now it is "
-                                     f"{mine.get(key)!r}; use another --run, or delete {self.root}")
+                                     f"{mine.get(key)!r}; use another --run, or delete {output}* and what follows it")
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, mine)
 
@@ -127,11 +128,13 @@ class Run:
     def human(self):
         return self.world.human(self.given.human, self.settings["human"], self.machine, self.seed)
 
-    def tasks(self, file, n, split):
-        return load_tasks(file) if file else self.world.make_tasks(n, self.seed, split)
+    def tasks(self, file, group, split):
+        if file:
+            return load_tasks(file)[:getattr(self.options, f"{group}.tasks")]
+        return self.world.make_tasks(self.settings[group].tasks, self.seed, split)
 
     def held_out(self):
-        return self.tasks(self.given.heldout, self.settings["eval"].tasks, self.settings["eval"].split)
+        return self.tasks(self.given.heldout, "eval", self.settings["eval"].split)
 
     def records(self, name, *required):
         return (record for _, record in read_jsonl(self.path(name), required))
@@ -152,7 +155,7 @@ def stage_base(run):
 
 def stage_rollout(run):
     cfg, human = run.settings["rollout"], run.human()
-    tasks = run.tasks(run.given.tasks, cfg.tasks, "train")
+    tasks = run.tasks(run.given.tasks, "rollout", "train")
     model, tokenizer = run.model("base")
     actor.check_tasks(model, tokenizer, tasks, cfg)
 
@@ -184,7 +187,7 @@ def stage_samples(run):
     cfg, rng = run.settings["candidates"], random.Random(f"states {run.seed}")
     model, tokenizer = run.model("base")
     if run.given.candidates:
-        states = [record for _, record in read_jsonl(run.given.candidates, ("task", "messages", "candidates"))]
+        states = actor.read_candidates(tokenizer, run.given.candidates)
     else:
         states = [{"task": t["task"], "messages": t["dialogue_history"][:turn]} for t in run.trajectories()
                   for turn in range(1, len(t["dialogue_history"]), 2)]
@@ -193,9 +196,7 @@ def stage_samples(run):
 
     def group(part, first):
         part, keys = copy.deepcopy(part), [(run.seed, "samples", first + i) for i in range(len(part))]
-        if run.given.candidates:
-            actor.adopt_candidates(tokenizer, part)
-        else:
+        if not run.given.candidates:
             actor.sample_candidates(model, tokenizer, part, keys, cfg.n, run.settings["rollout"].max_tokens)
         critic.score_reference(model, tokenizer, part)
         return part
@@ -213,22 +214,17 @@ def stage_candidates(run):
 
 
 def stage_pairs(run):
-    rng, cfg, kinds = random.Random(f"turn pairs {run.seed}"), run.settings["pairs"], Counter()
+    rng, cfg = random.Random(f"turn pairs {run.seed}"), run.settings["pairs"]
     writer = JsonlWriter(run.path("pairs.jsonl"), 10 ** 9)
     for state in run.records("candidates.jsonl", "messages", "candidates"):
         turns = state["candidates"]
-        is_answer = [ANSWER_MARKER in c["content"] for c in turns]
-        kinds.update(("candidates", kind) for kind in is_answer)
         advantages, counts = [c["advantage"] for c in turns], [c.get("count", 1) for c in turns]
         for pair in actor.turn_pairs(advantages, counts, cfg.per_state, rng):
             chosen, rejected = ([{"role": "assistant", **{key: turns[i][key] for key in ("content", "output_ids")}}]
                                 for i in pair)
             writer.write([{"prompt": state["messages"], "chosen": chosen, "rejected": rejected,
                            "advantages": [advantages[i] for i in pair]}])
-            kinds.update(zip(("chosen", "rejected"), (is_answer[i] for i in pair)))
     writer.close()
-    shares = {name: kinds[name, True] / max(1, kinds[name, True] + kinds[name, False]) for name, _ in kinds}
-    print("share of answers among " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
 
 
 def stage_actor(run):
@@ -348,7 +344,7 @@ def run_stage(run, name):
             return
     start = time.monotonic()
     stage.work(run)
-    file = run.path("seconds.json")
+    file = run.path(stage.output).parent / "seconds.json"
     spent = json.loads(file.read_text()) if file.exists() else {}
     write_json(file, {**spent, name: round(time.monotonic() - start, 1)})
 
@@ -397,7 +393,7 @@ def table(argv, options):
 def parser():
     """One flag for each field of each group of hyper-parameters, with its default and the paper's value."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                  allow_abbrev=False)
+                                  allow_abbrev=False, usage="python sweet.py [STAGE] [--flags]")
     top.add_argument("stage", nargs="?", default="all", choices=["all", *STAGES, "play", "table"], metavar="STAGE")
     top.add_argument("--task", choices=list(WORLDS), default="backend", help="what to collaborate on (default backend)")
     top.add_argument("--run", default="runs/default", help="folder of the run (default runs/default or runs/smoke)")
@@ -413,11 +409,10 @@ def parser():
         section = top.add_argument_group(group, kind.__doc__)
         for f in dataclasses.fields(kind):
             paper = "" if f.metadata["paper"] is None else f", paper {f.metadata['paper']}"
-            flag = f.metadata.get("flag", f"{group}-{f.name}".replace("_", "-"))
-            boolean = isinstance(f.default, bool)
-            how = {"action": argparse.BooleanOptionalAction} if boolean else {"type": type(f.default)}
-            section.add_argument(f"--{flag}", dest=f"{group}.{f.name}", default=None,
-                                 help=f"{f.metadata['text']} (default {f.default}{paper})", **how)
+            how = {"type": type(f.default), "metavar": f.name.upper()}
+            how = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else how
+            section.add_argument(flag_of(group, f), dest=f"{group}.{f.name}", default=None,
+                                 help=f"{f.metadata['text']} (default {f.default!r}{paper})", **how)
     return top
 
 
@@ -433,6 +428,7 @@ def settings_of(options):
         flags = {f.name: getattr(options, f"{group}.{f.name}") for f in fields}
         flags = {name: value for name, value in flags.items() if value is not None}
         settings[group] = kind(**{**values, **(SMOKE.get(group, {}) if options.smoke else {}), **flags})
+        check_values(group, settings[group])
     return settings
 
 
@@ -441,15 +437,18 @@ def main(argv=None):
     options = parser().parse_args(argv)
     if options.smoke and options.run == "runs/default":
         options.run = "runs/smoke"
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(max(1, options.threads))
     use_plain_path(options.plain)
-    run = Run(options, settings_of(options))
     try:
+        run = Run(options, settings_of(options))
         for file in filter(None, (run.given.tasks, run.given.heldout)):
             load_tasks(file, run.world.OPTIONAL)  # bad input is known before any long work starts
         if options.stage == "table":
             return table([a for a in argv if a != "table"], options)
         if options.stage == "play":
+            if not run.path("critic").exists() or not run.path("actor").exists():
+                raise InputError(f"{run.root}: holds no trained actor and critic to play with; the same flags without "
+                                 "'play' train them")
             return play(run)
         run.variant.mkdir(parents=True, exist_ok=True)
         run_stage(run, "report" if options.stage == "all" else options.stage)
@@ -461,7 +460,7 @@ def main(argv=None):
         if not isinstance(error, OSError) and "No space left" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        where = getattr(error, "filename", None) or run.root
+        where = getattr(error, "filename", None) or options.run
         sys.exit(f"sweet: {where}: {reason}; what is finished is kept, run the same command again")
 
 

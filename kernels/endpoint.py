@@ -27,7 +27,7 @@ class Server:
     model: str = arg("", "the model to ask for (default: the only one that the server lists)")
     parallel: int = arg(16, "requests in flight at most")
     timeout: float = arg(60.0, "seconds until a request counts as lost")
-    retries: int = arg(8, "further tries of a request that failed; then the server counts as gone")
+    retries: int = arg(8, "further tries of a request that failed; then the server counts as gone", least=0)
     max_tokens: int = arg(128, "tokens of a reply at most")
 
 

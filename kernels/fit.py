@@ -11,10 +11,11 @@ optimizer needs for those that learn (docs/memory.md has the arithmetic).
 Exercised by `python -m pytest tests/test_fit.py tests/test_real.py`.
 """
 import json
+import math
 import os
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,28 @@ from env import InputError, end_of_turn
 
 
 def arg(default, text, paper=None, **extra):
-    """A hyper-parameter of a stage: its default (for the small world), what it means, and the paper's value."""
+    """A hyper-parameter of a stage: its default (for the small world), what it means, and the paper's value. A number
+    is above 0, unless extra says least=0 (0 is allowed); most: the largest; among: the words that are allowed."""
     return field(default=default, metadata={"text": text, "paper": paper, **extra})
+
+
+def flag_of(group, f):
+    """The flag of a field of a group of hyper-parameters."""
+    return "--" + f.metadata.get("flag", f"{group}-{f.name}".replace("_", "-"))
+
+
+def check_values(group, settings):
+    """InputError where a hyper-parameter is none. settings: an object whose fields are `arg`s."""
+    for f in fields(settings):
+        value, most, among = getattr(settings, f.name), f.metadata.get("most", math.inf), f.metadata.get("among")
+        if among and value not in among:
+            raise InputError(f"{flag_of(group, f)} {value}: expected {' or '.join(among)}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            least = f.metadata.get("least")
+            if not (value > 0 or value == least) or not value <= most or value == math.inf:
+                above = "of at least 0" if least == 0 else "above 0"
+                raise InputError(f"{flag_of(group, f)} {value}: expected a number {above}"
+                                 + (f" and at most {most:g}" if most < math.inf else ""))
 
 
 @dataclass(frozen=True)
@@ -47,14 +68,16 @@ class Given:
 class Machine:
     """How models are held and run here."""
     device: str = arg("cpu", "cpu, cuda or mps", flag="device")
-    dtype: str = arg("float32", "float32 or bfloat16; the optimizer keeps float32 weights either way", flag="dtype")
+    dtype: str = arg("float32", "float32 or bfloat16; the optimizer keeps float32 weights either way", flag="dtype",
+                     among=("float32", "bfloat16"))
     attention: str = arg("", "attention implementation: eager, sdpa, flash_attention_2... ('': the model's own choice)",
                          flag="attention")
     checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, a third more time",
                               flag="checkpointing")
-    lora: int = arg(0, "learn adapters of this rank (pip install peft) instead of all weights; 0: all", flag="lora")
+    lora: int = arg(0, "learn adapters of this rank (pip install peft) instead of all weights; 0: all", flag="lora",
+                    least=0)
     micro_batch: int = arg(0, "examples a backward pass (the step stays the same); 0: the whole batch",
-                           flag="micro-batch")
+                           flag="micro-batch", least=0)
     rows: int = arg(512, "dialogues that are sampled side by side", flag="rows")
 
 

@@ -23,7 +23,7 @@ import random
 from dataclasses import dataclass
 from html import escape
 
-from env import ANSWER_MARKER, INSTRUCTIONS, REFERENCE_PREFIX, Task, grade
+from env import ANSWER_MARKER, INSTRUCTIONS, REFERENCE_PREFIX, InputError, Task, grade
 from kernels.fit import arg
 from simulator import make_human
 
@@ -177,6 +177,8 @@ def respond(task, dialogue, rng):
     """The scripted human: answers from the hidden solution, in varied words, and says so when the question is not in
     it."""
     step, values = asked_step(dialogue[-1]["content"]), read_function(task.hidden_information)
+    if not values:
+        raise InputError(f"{task.where}: the scripted human knows the small world's tasks; your own need a --human")
     if step is None:
         reply = rng.choice(CONFUSED)
     elif step not in values:
