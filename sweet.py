@@ -319,7 +319,7 @@ STAGES = {
                      ("rollout", "given.tasks", "given.human", "given.clip", "given.trajectories")),
     "critic": Stage(stage_critic, "critic", ("rollout",), ("pairs", "critic")),
     "samples": Stage(stage_samples, "samples.jsonl", ("rollout",), ("candidates", "given.candidates")),
-    "candidates": Stage(stage_candidates, "candidates.jsonl", ("samples", "critic")),
+    "candidates": Stage(stage_candidates, "candidates.jsonl", ("critic", "samples")),
     "pairs": Stage(stage_pairs, "pairs.jsonl", ("candidates",)),
     "actor": Stage(stage_actor, "actor", ("pairs",), ("actor",)),
     "rft": Stage(stage_rft, "rft", ("rollout",), ("rft",)),

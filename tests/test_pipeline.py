@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import sweet as program
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--base-documents", "1500", "--base-epochs", "2", "--rollout-tasks", "80", "--rollout-per-task", "8",
         "--critic-nll", "0", "--critic-epochs", "1", "--candidates-states", "160", "--candidates-n", "6",
@@ -18,8 +20,8 @@ TINY = ["--base-documents", "1500", "--base-epochs", "2", "--rollout-tasks", "80
 FILES = ["trajectories.jsonl", "samples.jsonl", "candidates.jsonl", "pairs.jsonl", "eval.jsonl", "credit.json"]
 
 
-def sweet(*args, check=True, cwd=ROOT, **extra):
-    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+def sweet(*args, check=True, cwd=ROOT, env=os.environ, **extra):
+    env = {**env, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
     done = subprocess.run([sys.executable, str(ROOT / "sweet.py"), *map(str, args)], cwd=cwd, env=env, text=True,
                           capture_output=True, **extra)
     if check:
@@ -148,10 +150,16 @@ def test_real_tasks_roll_out(finished, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(tasks.open(encoding="utf-8").readlines()[:25]), encoding="utf-8")
     run = tmp_path / "colbench"
-    sweet("rollout", "--run", run, "--model", finished / "base", "--tasks", few, "--rollout-per-task", "2",
-          "--rollout-max-turns", "3")
+    asked = ["rollout", "--run", run, "--model", finished / "base", "--tasks", few, "--rollout-per-task", "2",
+             "--rollout-max-turns", "3", "--rollout-tasks", "20"]
+    line = complaint(sweet(*asked, check=False))  # the small world's human knows nothing of them
+    assert f"{few}, line " in line and "--human" in line
+    (tmp_path / "human.py").write_text("class Terse:\n    def reply(self, tasks, dialogues):\n"
+                                       "        return ['No preference.'] * len(tasks)\n")
+    human = ["--human", "human:Terse"]
+    sweet(*asked, *human, env={**os.environ, "PYTHONPATH": str(tmp_path)})  # what failed before it began binds nobody
     rows = [json.loads(line) for line in (run / "trajectories.jsonl").open(encoding="utf-8")]
-    assert len(rows) == 50
+    assert len(rows) == 40
     assert rows[0]["task"] == json.loads(few.open(encoding="utf-8").readline())
     assert all(0.0 <= row["reward"] <= 1.0 and len(row["dialogue_history"]) <= 6 for row in rows)
 
@@ -192,6 +200,49 @@ def test_unknown_flags_and_abbreviations_are_refused():
     help_text = sweet("--help").stdout
     for word in ("--critic-lr", "--actor-beta", "--no-reference", "paper 2e-07", "(default"):
         assert word in help_text
+
+
+@pytest.mark.parametrize("flag, value, words", [
+    ("--rollout-temperature", "0", "above 0"), ("--rollout-temperature", "nan", "above 0"),
+    ("--eval-top-p", "1.5", "at most 1"), ("--critic-nll", "-1", "at least 0"), ("--rows", "0", "above 0"),
+    ("--critic-normalize", "foo", "turn or none or trajectory"), ("--critic-rank-against", "foo", "c or own"),
+    ("--dtype", "float16", "float32 or bfloat16"), ("--eval-split", "train", "dev or test"),
+    ("--critic-lr", "inf", "above 0"), ("--micro-batch", "-1", "at least 0"), ("--candidates-n", "0", "above 0")])
+def test_a_value_that_is_none_is_one_line(flag, value, words, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        program.main(["base", "--run", str(tmp_path / "run"), flag, value])
+    line = str(end.value)
+    assert f"{flag} {float(value) if '.' in value or value in ('nan', 'inf') else value}" in line or flag in line
+    assert words in line and "\n" not in line and not (tmp_path / "run").exists()
+
+
+def test_zero_is_a_value_where_it_means_something():
+    program.settings_of(program.parser().parse_args(
+        ["--critic-nll", "0", "--pairs-margin", "0", "--lora", "0", "--micro-batch", "0",
+         "--credit-monte-carlo-states", "0", "--human-retries", "0"]))
+    for preset in ("small", "paper", "one-gpu"):
+        for more in ([], ["--smoke"]):
+            program.settings_of(program.parser().parse_args(["--preset", preset, *more]))
+
+
+@pytest.mark.parametrize("replies, words", [
+    ("'No preference.'", "list"), ("['a']", "a list of"), ("None", "list"), ("[3] * len(tasks)", "texts")])
+def test_a_human_who_does_not_reply_to_each_is_told(finished, tmp_path, monkeypatch, replies, words):
+    (tmp_path / "odd.py").write_text(f"class Odd:\n    def reply(self, tasks, dialogues):\n        return {replies}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "odd", raising=False)
+    with pytest.raises(SystemExit) as end:
+        program.main(["rollout", "--run", str(tmp_path / "run"), "--model", str(finished / "base"), "--rollout-tasks",
+                      "10", "--rollout-per-task", "4", "--human", "odd:Odd"])
+    assert "Odd.reply()" in str(end.value) and words in str(end.value)
+
+
+def test_play_says_what_is_missing(finished, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit) as end:
+        program.main(["play", "--run", str(tmp_path / "none")])
+    assert "no trained actor" in str(end.value)
+    line = complaint(sweet("play", "--run", finished, *TINY, check=False, stdin=subprocess.DEVNULL))
+    assert "input ended" in line
 
 
 def test_a_full_disk_is_one_line(finished, tmp_path):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import CHAT, free_port, save_model
 
+import actor
 import critic
 from env import ANSWER_MARKER, InputError, end_of_turn, grade, load_tasks, read_trajectories, render
 from kernels.fit import Machine, check_context, fit, load_model, save_to
@@ -178,6 +179,16 @@ def test_candidates_from_elsewhere(finished, agent, tmp_path):
     assert "candidates" in complaint("pairs", *more)
 
 
+@pytest.mark.parametrize("candidate", [
+    3, {"text": "a"}, {"content": "a", "count": "3"}, {"content": "a", "count": 0}, {"content": "a", "output_ids": "b"},
+    {"content": "a", "output_ids": [10 ** 6]}, [1, 2]])
+def test_candidates_that_are_none_are_named_with_their_line(tokenizer, tmp_path, candidate):
+    state = {"task": GOOD["task"], "messages": GOOD["dialogue_history"][:1], "candidates": ["fine", candidate]}
+    write_jsonl(tmp_path / "c.jsonl", [{**state, "candidates": ["fine"]}, state])
+    with pytest.raises(InputError, match="c.jsonl, line 2: field 'candidates'"):
+        actor.read_candidates(tokenizer, tmp_path / "c.jsonl")
+
+
 # ------------------------------------------------------------------ trajectories in the official format
 
 GOOD = {"task": {"problem_description": "p", "ground_truth": "def f(): pass", "test_cases": {"a": "f()"}},
@@ -198,7 +209,10 @@ def test_extra_and_missing_optional_keys(tmp_path):
 @pytest.mark.parametrize("change, words", [
     ({"reward": None}, "'reward'"), ({"reward": "1"}, "'reward'"), ({"reward": True}, "'reward'"),
     ({"task": {"problem_description": "p"}}, "ground_truth"), ({"dialogue_history": []}, "'dialogue_history'"),
-    ({"dialogue_history": GOOD["dialogue_history"][::-1]}, "'dialogue_history'")])
+    ({"dialogue_history": GOOD["dialogue_history"][::-1]}, "'dialogue_history'"),
+    ({"reward": float("nan")}, "'reward'"),
+    ({"dialogue_history": "x"}, "'dialogue_history'"), ({"dialogue_history": [{"role": "user"}]}, "'content'"),
+    ({"task": {**GOOD["task"], "test_cases": {"a": 5}}}, "'test_cases'")])
 def test_a_trajectory_that_is_none_is_one_line(tmp_path, change, words):
     path = write_jsonl(tmp_path / "t.jsonl", [GOOD, {**GOOD, **change}])
     with pytest.raises(InputError, match=words) as caught:
