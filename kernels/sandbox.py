@@ -80,8 +80,9 @@ def ways():
     bwrap += [word for path in [*roads, "/dev"] for word in ("--dir", path)]
     bwrap += [word for path in shown for word in ("--ro-bind-try", path, path)]
     bwrap += [word for name in ("null", "zero", "random", "urandom") for word in ("--dev-bind", *[f"/dev/{name}"] * 2)]
-    bwrap += f"--size {2 ** 26} --tmpfs /scratch --symlink /scratch /dev/shm --symlink /scratch /tmp".split()
-    bwrap += "--chdir /scratch --remount-ro /".split()
+    bwrap += f"--size {2 ** 26} --tmpfs /scratch --symlink /scratch /dev/shm --chdir /scratch".split()
+    bwrap += [] if "/tmp" in roads else "--symlink /scratch /tmp".split()  # where Python itself does not lie there
+    bwrap += "--remount-ro /".split()
     unshare = f"unshare {'' if root else '--user --map-root-user'} --pid --ipc --fork --kill-child".split()
     worse = "they can read and write what you can (for more, apt install bubblewrap)"
     return [("bubblewrap: no network, no files of yours", bwrap, root), (f"a PID namespace: {worse}", unshare, root),

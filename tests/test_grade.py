@@ -396,7 +396,8 @@ def test_hash_order_random_numbers_and_scratch_agree_with_themselves(kind):
                "def f():\n    return hash(None)\n",  # it orders sets, and is an address before Python 3.12
                "import os, sqlite3\ndef f():\n    sqlite3.connect('a.db').execute('create table t (x int)')\n"
                "    return sorted(os.listdir('.'))\n"]
-    if kind == "bubblewrap":  # elsewhere it is the real one
+    if kind == "bubblewrap" and "/tmp" not in " ".join(sandbox.ways()[0][1]).split(" --dir ")[1:]:
+        # elsewhere it is the real one, and where Python lies below it, it cannot be written
         sources.append("def f():\n    open('/tmp/a', 'w').write('a')\n    return open('/tmp/a').read()\n")
     tasks = [task(source, "f()", "f()") for source in sources] * 3
     answers = [f"{t.ground_truth}# {i}" for i, t in enumerate(tasks)]
