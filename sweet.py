@@ -112,7 +112,7 @@ class Run:
             mine["human"] = f"server: {self.settings['human'].model}"
         output = self.path(STAGES[stage].output)
         file = output.parent / "settings" / f"{stage}.json"
-        if file.exists() and any(map(holds_something, (output, Path(f"{output}.partial")))):
+        if file.exists() and any(map(holds_something, output.parent.glob(f"{output.name}*"))):
             theirs = json.loads(file.read_text(encoding="utf-8"))
             for key in sorted(set(mine) | set(theirs)):
                 if mine.get(key) != theirs.get(key):

@@ -213,6 +213,9 @@ def test_a_server_that_dies_for_good_and_comes_back(server, material, calm, prox
     assert again.returncode != 0 and "onnection" in again.stderr.strip().splitlines()[-1]
     assert json.loads((tmp_path / "trajectories.jsonl.0-12.unfinished").read_text()) == aside
 
+    other = rollout(tmp_path, material, proxy.url, server[1], *few, "--rollout-temperature", "0.5")  # no mixture
+    assert "rollout.temperature = 1.0" in other.stderr.strip().splitlines()[-1]
+
     alive = proxied(lambda *_: None, server[0], port=port)
     done = rollout(tmp_path, material, alive.url, server[1], *few)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -237,6 +237,16 @@ def test_a_human_who_does_not_reply_to_each_is_told(finished, tmp_path, monkeypa
     assert "Odd.reply()" in str(end.value) and words in str(end.value)
 
 
+def test_a_mistake_binds_nobody_and_a_result_does(finished, tmp_path):
+    run = ["rollout", "--run", str(tmp_path / "run"), "--rollout-tasks", "10", "--rollout-per-task", "2"]
+    for more, words in ((["--model", str(tmp_path)], "tmp"), (["--human", "no:One"], "no:One")):
+        with pytest.raises(SystemExit, match=words):
+            program.main([*run, "--model", str(finished / "base"), *more])
+    program.main([*run, "--model", str(finished / "base")])
+    with pytest.raises(SystemExit, match="rollout.temperature = 1.0, now it is 0.5"):
+        program.main([*run, "--model", str(finished / "base"), "--rollout-temperature", "0.5"])
+
+
 def test_play_says_what_is_missing(finished, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as end:
         program.main(["play", "--run", str(tmp_path / "none")])
