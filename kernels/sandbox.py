@@ -214,7 +214,7 @@ def run(jobs, call_seconds=1.0, answer_seconds=10.0, workers=None):
                     bar.update(reports[i] is not None)
         with ThreadPoolExecutor(workers) as pool:
             try:
-                list(pool.map(serve, [workers == 1] * workers))
+                list(pool.map(serve, [False] * workers))
                 left.extend(sorted(i for i in reports if reports[i] is None))
                 if left:  # what had too little of the processors runs by itself
                     serve(True)
