@@ -123,7 +123,7 @@ def collate(examples, device="cpu"):
 def _prefix(example):
     """All tokens before the first agent token but one (see Tree)."""
     input_ids, turn_ids = example
-    first = next((i for i, turn in enumerate(turn_ids) if turn), len(input_ids))
+    first = next(itertools.compress(itertools.count(), turn_ids), len(input_ids))
     return tuple(input_ids[:max(first - 1, 0)])
 
 
@@ -134,19 +134,19 @@ def lay_out(model, examples):
     lengths = [len(input_ids) - len(prefix) for prefix, (input_ids, _) in zip(prefixes, examples)]
     rows, inside = {}, max(map(len, prefixes)) <= SHORT
     for b, (key, (input_ids, turn_ids)) in enumerate(zip(share(prefixes, lengths), examples)):
-        n = len(key[0])
-        row = rows.setdefault(key, ([*key[0]], [0] * n, [0] * n) if inside else ([], [], []))
+        n = len(prefixes[b])
+        row = rows.setdefault(key, ([*prefixes[b]], [0] * n, [0] * n) if inside else ([], [], []))
         row[0].extend(input_ids[n:])
         row[1].extend([0, *turn_ids[n + 1:]])  # a branch's first token is predicted by nothing in the branch
         row[2].extend([b + 1] * (len(input_ids) - n))
     width = max(len(ids) for ids, _, _ in rows.values())
-    tokens = len(rows) * width + (0 if inside else len(set(prefixes)) * max(map(len, prefixes)))
+    tokens = len(rows) * width + (0 if inside else len({i for i, _ in rows}) * max(map(len, prefixes)))
     if tokens > WORTH * len(examples) * max(len(ids) for ids, _ in examples) or not can_share(model):
         return collate(examples, model.device)
     columns = [[list(row) + [pad] * (width - len(row)) for row in column]
                for column, pad in zip(zip(*rows.values()), (0, 0, -1))]
     batch = dict(zip(("input_ids", "turn_ids", "owner_ids"), torch.tensor(columns, device=model.device)))
-    return {"prefixes": [() if inside else prefix for prefix, _ in rows], **batch}
+    return {"prefixes": [() if inside else prefixes[i] for i, _ in rows], **batch}
 
 
 def turn_logprobs(model, batch):

@@ -192,17 +192,19 @@ class Tree:
 
 
 def share(prefixes, lengths=None):
-    """The row of each branch, as (prefix, number). Branches on the same prefix share a row, with two limits: as many as
-    there are on a prefix in the mean (of 32, 16 and 16 candidates, 32 take two rows), because all rows of a batch are
-    as wide as the widest; and no more tokens (lengths: of the branches) than the prefix has, or 512, because each token
-    of a row is held against all others."""
-    most, rows, last = len(prefixes) // len(set(prefixes)), [], {}
-    for prefix, length in zip(prefixes, lengths or [0] * len(prefixes)):
-        number, branches, tokens = last.get(prefix, (0, 0, 0))
-        if branches == most or branches and tokens + length > max(512, len(prefix)):
+    """The row of each branch, as (first branch on its prefix, number). Branches on one prefix share a row, with two
+    limits: as many as there are on a prefix in the mean (of 32, 16 and 16 candidates, 32 take two rows), because all
+    rows of a batch are as wide as the widest; and no more tokens (lengths: of the branches) than the prefix has, or
+    512, because each token of a row is held against all others."""
+    first, rows, last = {}, [], {}
+    same = [first.setdefault(prefix, i) for i, prefix in enumerate(prefixes)]
+    most = len(prefixes) // len(first)
+    for i, length in zip(same, lengths or [0] * len(prefixes)):
+        number, branches, tokens = last.get(i, (0, 0, 0))
+        if branches == most or branches and tokens + length > max(512, len(prefixes[i])):
             number, branches, tokens = number + 1, 0, 0
-        last[prefix] = number, branches + 1, tokens + length
-        rows.append((prefix, number))
+        last[i] = number, branches + 1, tokens + length
+        rows.append((i, number))
     return rows
 
 
@@ -337,4 +339,4 @@ def branches(model, prompts, alone=False):
         return Tree(model, prefixes)
     rows = share(prefixes)
     number = {row: i for i, row in enumerate(dict.fromkeys(rows))}
-    return Tree(model, [prefix for prefix, _ in number], [number[row] for row in rows])
+    return Tree(model, [prefixes[i] for i, _ in number], [number[row] for row in rows])
