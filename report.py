@@ -125,6 +125,8 @@ def results_tables(runs, world=backend):
         f"over {over}. {figures[1].capitalize()}, turns: {decoding(ways[-1])}. Seconds: all stages after the base "
         f"policy ({base:.0f})."
     )
+    if any(np.ptp(mean_R3[:, 0]) == 0 for mean_R3 in means.values()):
+        caption += " A bracket of no width: all of these tasks came out alike; it does not say how others will."
     header = ["method", *(f"{figures[0]} %, {decoding(p)}" for p in ways), f"{figures[1]} %", "turns", "seconds"]
     gaps = (f"Points of {figures[0]}, on the same redrawn seeds and tasks.", ["difference", *map(decoding, ways)], lead)
     seconds = [[m, *("{:.1f} [{:.1f}, {:.1f}]".format(*interval(means[m, p][:, 1])) for p in ways)] for m in methods]
@@ -214,9 +216,10 @@ def absent(file, stage):
     return f"<p>{file} is not there: <code>python sweet.py {stage}</code> makes it.</p>"
 
 
-def training(root):
+def training(root, own):
     """The training curves, and the critic's margin by kind of turn; a line for each stage that was not run."""
-    logs = {name: read_json(root / name / "log.json") for name in ("critic", "actor", "multiturn", "rft", "base")}
+    folders = {"critic": own, "actor": own, "multiturn": root, "rft": root, "base": root}
+    logs = {name: read_json(folder / name / "log.json") for name, folder in folders.items()}
     gone = "".join(absent(f"{name}/log.json", name) for name, log in logs.items() if not log)
     logs = {n: {k: np.nan_to_num([r[k] for r in log], posinf=0) for k in log[0]} for n, log in logs.items() if log}
     figures = [chart(f"{name}: loss, {len(log['loss'])} steps", {name: log["loss"]}) for name, log in logs.items()]
@@ -242,10 +245,10 @@ def training(root):
 def choose(found, n):
     """n of SWEET's records, half of them successes; then the base policy's record of the first one's task, or None.
 
-    First comes a task that SWEET solves and the base policy does not.
+    First comes a task that SWEET solves and the base policy does not. SWEET without c stands in for SWEET.
     """
-    last = min((p for method, p in found if method == "SWEET"), default=None)
-    mine, base = found.get(("SWEET", last), []), found.get(("base", last))
+    sweet = min((key for key in found if key[0].startswith("SWEET")), default=(None, None))  # and the lowest top-p
+    mine, base = found.get(sweet, []), found.get(("base", sweet[1]))
     won, lost = ([i for i, r in enumerate(mine) if (r["reward"] == 1) is good] for good in (True, False))
     won.sort(key=lambda i: base is not None and base[i]["reward"] == 1)
     shown = won[: max(n // 2, n - len(lost))]
@@ -253,14 +256,14 @@ def choose(found, n):
     return [mine[i] for i in shown], base[shown[0]] if base and shown else None
 
 
-def advantages_of(root, records):
+def advantages_of(root, own, records):
     """The critic's advantage of every turn (Eq. 3), a list for each record; [] for each where a model is missing."""
     from critic import critic_view, turn_advantages
     from kernels.fit import load_model
     from kernels.logprob import collate, turn_logprobs
 
-    settings, read = read_json(root / "settings" / "critic.json", {}), []
-    paths = (root / "critic", Path(settings.get("model") or root / "base"))
+    settings, read = read_json(own / "settings" / "critic.json", {}), []
+    paths = (own / "critic", Path(settings.get("model") or root / "base"))
     if not all(path.exists() for path in paths):
         return [[] for _ in records]
     for path in paths:
@@ -287,12 +290,12 @@ def show(record, advantages, scale, world):
         <aside>{world.evidence(record)}</aside></article>"""
 
 
-def dialogues_section(root, n, world):
+def dialogues_section(root, own, n, world):
     records, base = choose(evaluations(root), n)
     if not records:
         return absent("SWEET's part of eval.jsonl", "eval")
     records[1:1] = [base] if base else []
-    advantages = advantages_of(root, records)
+    advantages = advantages_of(root, own, records)
     scale = np.percentile([abs(a) for row in advantages for a in row if a] or [1.0], 90)
     shown = [show(record, row, scale, world) for record, row in zip(records, advantages)]
     pair = f"<div class=pair>{shown.pop(0)}{shown.pop(0)}</div>" if base else ""
@@ -336,15 +339,18 @@ $sections<h2>Settings</h2><details><summary>settings of this run</summary><pre>$
 
 
 def write(root, out, dialogues=8, world=backend):
-    """Write the page about the run in `root` (on tasks of `world`) to the file `out`, whole or not at all."""
+    """Write the page about the run in `root` (on tasks of `world`) to the file `out`, whole or not at all. Curves and
+    dialogues are of SWEET without c where nothing else was trained."""
     root = Path(root)
+    own = next((root / folder for folder in FOLDERS.values() if (root / folder / "critic").exists()), root)
     sections = {
         "Results": html_tables(results_tables([root], world)) or absent("eval.jsonl", "eval"),
         "Is the critic right?": html_tables(credit_tables([root])) or absent("credit.json", "credit"),
-        "Training": training(root),
-        "Dialogues on held-out tasks": dialogues_section(root, dialogues, world),
+        "Training": training(root, own),
+        "Dialogues on held-out tasks": dialogues_section(root, own, dialogues, world),
     }
-    settings = {k: v for path in sorted(root.glob("settings/*.json")) for k, v in read_json(path).items()}
+    files = sorted(root.glob("settings/*.json")) + sorted(own.glob("settings/*.json"))
+    settings = {k: v for path in files for k, v in read_json(path).items()}
     text = escape("\n".join(f"{name} = {value}" for name, value in sorted(settings.items())))
     body = "".join(f"<h2>{title}</h2>{section}" for title, section in sections.items())
     page = PAGE.substitute(name=escape(root.name), sections=body, settings=text)

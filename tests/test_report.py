@@ -276,6 +276,26 @@ def test_initial_policy_from_elsewhere(whole_run, page, tmp_path):
     assert re.findall(r"<b>.*?</b>", (tmp_path / "out.html").read_text(encoding="utf-8")) == numbers and numbers
 
 
+def test_a_run_without_c_alone(whole_run, tmp_path):
+    """Its curves, dialogues and advantages are shown, and only what was not run is said to be absent."""
+    root, own = tmp_path / "run", tmp_path / "run" / "no-reference"
+    for name in ("base", "critic", "actor"):
+        shutil.copytree(whole_run / name, (root if name == "base" else own) / name)
+    write_eval(own, {"SWEET without c": [0.0, 1.0, 0.0]})
+    write_json(own / "settings" / "critic.json", {"critic.reference": False, "seed": 7})
+    report.write(root, own / "report.html")
+    page = (own / "report.html").read_text(encoding="utf-8")
+    assert page.count("<article>") == 3 and page.count("SWEET without c: ") == 3 and page.count("<b>") >= 6
+    assert "critic: loss, 40 steps" in page and "actor: loss, 30 steps" in page and "seed = 7" in page
+    assert re.findall(r"python sweet.py (\w+)</code>", page) == ["credit", "multiturn", "rft"]
+
+
+def test_all_tasks_alike_is_not_certainty(tmp_path):
+    for rewards, said in (([0.0, 0.0, 0.0], True), ([0.0, 1.0, 0.0], False)):
+        write_eval(tmp_path / str(said), {"base": rewards})
+        assert ("A bracket of no width" in report.results_table([tmp_path / str(said)])) is said
+
+
 def test_missing_files_name_their_stage(tmp_path):
     (tmp_path / "run").mkdir()
     assert "python sweet.py eval" in report.results_table([tmp_path / "run"])
