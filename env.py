@@ -15,6 +15,7 @@ ids, and answers -> grade -> rewards. Differences from the paper: none in the pr
 """
 import copy
 import functools
+import hashlib
 import json
 import os
 import re
@@ -128,6 +129,17 @@ def holds_something(path):
     return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
 
 
+def fingerprint(setting):
+    """A setting in the words in which runs are compared: a file by name and content, what is not given as None."""
+    if setting and Path(setting).is_file():
+        digest = hashlib.sha256()
+        with open(setting, "rb") as file:
+            for block in iter(lambda: file.read(2 ** 20), b""):
+                digest.update(block)
+        return f"{Path(setting).name} (sha256 {digest.hexdigest()[:12]})"
+    return setting or None
+
+
 # ------------------------------------------------------------------ tasks
 
 @dataclass(frozen=True)
@@ -154,13 +166,15 @@ class Task:
 
     @classmethod
     def from_record(cls, record, where="task", optional=("test_cases",)):
-        """Read ColBench's record. InputError, naming `where`, when a field is missing or of the wrong kind."""
+        """Read ColBench's record. InputError, naming `where`, when a field is missing, empty or of the wrong
+        kind."""
         known = {"problem_description": str, "ground_truth": str, "test_cases": dict}
         for name, kind in known.items():
-            if name not in record and name not in optional:
-                raise InputError(f"{where}: field '{name}' is missing; found {sorted(record)[:8]}")
             if not isinstance(record.get(name, kind()), kind):
                 raise InputError(f"{where}: field '{name}' should be a {kind.__name__}, is {record[name]!r:.40}")
+            if not record.get(name) and name not in optional:
+                fault = "is empty" if name in record else f"is missing; found {sorted(record)[:8]}"
+                raise InputError(f"{where}: field '{name}' {fault}")
         values = {name: record.get(name, kind()) for name, kind in known.items()}
         for name, call in values["test_cases"].items():
             if not isinstance(call, str):

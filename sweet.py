@@ -46,7 +46,7 @@ import actor
 import critic
 import report
 from env import DialogueEnv, InputError, JsonlWriter, holds_something
-from env import load_tasks, read_jsonl, read_trajectories, render, write_groups, write_json
+from env import fingerprint, load_tasks, read_jsonl, read_trajectories, render, write_groups, write_json
 from kernels.endpoint import Server
 from kernels.fit import ONE_GPU, SMOKE, Given, Machine, arg, check_values, flag_of, load_model, save_to
 from kernels.prefix import use_plain_path
@@ -71,9 +71,16 @@ class Credit:
     monte_carlo_rollouts: int = arg(24, "dialogues played on from each candidate")
 
 
+@dataclass(frozen=True)
+class Table:
+    """The stage table: several seeds of everything."""
+    seeds: int = arg(5, "number of seeds", flag="seeds")
+    jobs: int = arg(2, "seeds that run at the same time", flag="jobs")
+
+
 GROUPS = {"given": Given, "machine": Machine, "human": Server, "base": backend.Base, "rollout": actor.Rollout,
           "pairs": critic.Pairs, "critic": critic.Critic, "candidates": actor.Candidates, "actor": actor.Actor,
-          "rft": actor.Rft, "multiturn": actor.Multiturn, "eval": Eval, "credit": Credit}
+          "rft": actor.Rft, "multiturn": actor.Multiturn, "eval": Eval, "credit": Credit, "table": Table}
 WORLDS = {"backend": backend, "frontend": frontend}
 METHODS = {"base": "base", "rft": "RFT", "multiturn": "multi-turn DPO", "actor": "SWEET"}
 
@@ -107,7 +114,7 @@ class Run:
         for name in STAGES[stage].needs:
             group, _, one = name.partition(".")
             values = dataclasses.asdict(self.settings[group])
-            mine |= {one: values[one] or None} if one else {f"{group}.{key}": v for key, v in values.items()}
+            mine |= {one: fingerprint(values[one])} if one else {f"{group}.{key}": v for key, v in values.items()}
         if "://" in (mine.get("human") or ""):  # a server may move to another address, its model may not change
             mine["human"] = f"server: {self.settings['human'].model}"
         output = self.path(STAGES[stage].output)
@@ -369,10 +376,10 @@ def play(run):
         print(f"  turn {k + 1}  {advantage:+.2f}  {env.messages[2 * k + 1]['content'][:90]!r}")
 
 
-def table(argv, options):
+def table(argv, options, cfg):
     """The README's table: everything with several seeds from --seed on, with and without c, under one folder; then one
     table of all."""
-    seeds = range(options.seed, options.seed + options.seeds)
+    seeds = range(options.seed, options.seed + cfg.seeds)
     runs = {seed: Path(options.run) / f"seed{seed}" for seed in seeds}
 
     def one(seed):
@@ -381,7 +388,7 @@ def table(argv, options):
                 subprocess.run([sys.executable, __file__, "--threads", "1", *argv, "--run", str(runs[seed]), "--seed",
                                 str(seed), *extra], check=True, stdout=log, stderr=log)
     Path(options.run).mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with ThreadPoolExecutor(cfg.jobs) as pool:
         list(tqdm(pool.map(one, seeds), total=len(seeds), desc="seeds"))
     text = report.results_table(list(runs.values()), WORLDS[options.task])
     print(text)
@@ -401,10 +408,7 @@ def parser():
     top.add_argument("--smoke", action="store_true", help="everything in miniature")
     top.add_argument("--preset", choices=["small", "paper", "one-gpu"], default="small",
                      help="defaults: those of the small world, the paper's, or a small run on one GPU")
-    top.add_argument("--threads", type=int, default=2, help="threads of torch (default 2; table: 1)")
     top.add_argument("--plain", action="store_true", help="the plain path: no shared prefixes, all logits held (slow)")
-    top.add_argument("--seeds", type=int, default=5, help="table: number of seeds (default 5)")
-    top.add_argument("--jobs", type=int, default=2, help="table: seeds that run at the same time (default 2)")
     for group, kind in GROUPS.items():
         section = top.add_argument_group(group, kind.__doc__)
         for f in dataclasses.fields(kind):
@@ -437,14 +441,14 @@ def main(argv=None):
     options = parser().parse_args(argv)
     if options.smoke and options.run == "runs/default":
         options.run = "runs/smoke"
-    torch.set_num_threads(max(1, options.threads))
     use_plain_path(options.plain)
     try:
         run = Run(options, settings_of(options))
+        torch.set_num_threads(run.machine.threads)
         for file in filter(None, (run.given.tasks, run.given.heldout)):
             load_tasks(file, run.world.OPTIONAL)  # bad input is known before any long work starts
         if options.stage == "table":
-            return table([a for a in argv if a != "table"], options)
+            return table([a for a in argv if a != "table"], options, run.settings["table"])
         if options.stage == "play":
             if not run.path("critic").exists() or not run.path("actor").exists():
                 raise InputError(f"{run.root}: holds no trained actor and critic to play with; the same flags without "

@@ -222,10 +222,10 @@ def test_reset_starts_over():
 GOOD = {"problem_description": "p", "ground_truth": "g", "test_cases": {"a": "f(1)"}}
 
 
-def refused(path, *parts):
+def refused(path, *parts, optional=("test_cases",)):
     """The one line of the InputError that loading this file gives."""
     with pytest.raises(InputError) as caught:
-        load_tasks(path)
+        load_tasks(path, optional)
     text = str(caught.value)
     assert "\n" not in text and str(path) in text
     for part in parts:
@@ -247,6 +247,11 @@ def test_bad_task_files_are_refused_in_one_line(tmp_path):
     for name, value in (("problem_description", 3), ("ground_truth", None), ("test_cases", ["f(1)"])):
         file.write_text(json.dumps({**GOOD, name: value}) + "\n")
         refused(file, "line 1", f"'{name}'")
+    for name, value in (("problem_description", ""), ("ground_truth", ""), ("test_cases", {})):
+        file.write_text(json.dumps({**GOOD, name: value}) + "\n")
+        refused(file, "line 1", f"'{name}'", "is empty", optional=())
+    file.write_text(json.dumps({**GOOD, "test_cases": {}}) + "\n")
+    assert load_tasks(file)[0].test_cases == {}  # where there is nothing to call, as for web pages
     for text in ("", "\n \n"):
         file.write_text(text)
         refused(file, "no task")

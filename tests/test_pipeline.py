@@ -1,4 +1,5 @@
 """The command line, in miniature: every file appears, a killed run ends in the same bytes, an error is one line."""
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import sweet as program
+from env import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--base-documents", "1500", "--base-epochs", "2", "--rollout-tasks", "80", "--rollout-per-task", "8",
@@ -166,7 +168,8 @@ def test_real_tasks_roll_out(finished, tmp_path):
 
 @pytest.mark.parametrize("content, words", [
     (None, ["No such file"]),
-    ('{"problem_description": "a", "ground_truth": "b", "test_cases": {}}\n{"problem', ["line 2", "JSON"]),
+    ('{"problem_description": "a", "ground_truth": "b", "test_cases": {"t": "f()"}}\n{"problem', ["line 2", "JSON"]),
+    ('{"problem_description": "a", "ground_truth": "b", "test_cases": {}}\n', ["line 1", "'test_cases' is empty"]),
     ('{"problem_description": "a"}\n', ["line 1", "ground_truth"]),
     ('{"problem_description": "a", "ground_truth": 3}\n', ["line 1", "ground_truth", "str"]),
     ('{"problem_description": "a", "ground_truth": "<html>"}', ["line 1", "test_cases"]),
@@ -207,13 +210,32 @@ def test_unknown_flags_and_abbreviations_are_refused():
     ("--eval-top-p", "1.5", "at most 1"), ("--critic-nll", "-1", "at least 0"), ("--rows", "0", "above 0"),
     ("--critic-normalize", "foo", "turn or none or trajectory"), ("--critic-rank-against", "foo", "c or own"),
     ("--dtype", "float16", "float32 or bfloat16"), ("--eval-split", "train", "dev or test"),
-    ("--critic-lr", "inf", "above 0"), ("--micro-batch", "-1", "at least 0"), ("--candidates-n", "0", "above 0")])
+    ("--critic-lr", "inf", "above 0"), ("--micro-batch", "-1", "at least 0"), ("--candidates-n", "0", "above 0"),
+    ("--threads", "0", "above 0"), ("--jobs", "0", "above 0"), ("--seeds", "-1", "above 0")])
 def test_a_value_that_is_none_is_one_line(flag, value, words, tmp_path):
     with pytest.raises(SystemExit) as end:
         program.main(["base", "--run", str(tmp_path / "run"), flag, value])
     line = str(end.value)
     assert f"{flag} {float(value) if '.' in value or value in ('nan', 'inf') else value}" in line or flag in line
     assert words in line and "\n" not in line and not (tmp_path / "run").exists()
+
+
+def test_a_file_is_known_by_what_it_holds(tmp_path):
+    """Another path to the same content is the same file; other content under the same name is not."""
+    def claim(path):
+        options = program.parser().parse_args(["--run", str(tmp_path / "run"), "--tasks", str(path)])
+        program.Run(options, program.settings_of(options)).claim("rollout")
+    (tmp_path / "a").mkdir()
+    for folder in (tmp_path, tmp_path / "a"):
+        (folder / "tasks.jsonl").write_text("one\n" * 10 ** 6)
+    claim(tmp_path / "tasks.jsonl")
+    (tmp_path / "run" / "trajectories.jsonl").write_text("begun")
+    claim(tmp_path / "a" / "tasks.jsonl")
+    (tmp_path / "tasks.jsonl").write_text("one\n" * (10 ** 6 - 1) + "two\n")
+    with pytest.raises(InputError) as end:
+        claim(tmp_path / "tasks.jsonl")
+    digest = hashlib.sha256((tmp_path / "tasks.jsonl").read_bytes()).hexdigest()
+    assert "rollout was made with tasks = 'tasks.jsonl" in str(end.value) and digest[:12] in str(end.value)
 
 
 def test_zero_is_a_value_where_it_means_something():
