@@ -310,6 +310,34 @@ def test_a_flood_is_not_kept():
     assert reports == ["!no"] and peak < 2 ** 20
 
 
+def test_what_is_no_report_is_not_read():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"\n0 \n0\n 0 5\n0 5 \n0  5\n1 6\n0 +5\n0 5\x00\n-0 5\n0 77\n1 !\n")
+        reports = []
+        sandbox.listen(ours, reports, 2, 5, time.monotonic() + 5)
+    assert reports == ["77", "!"]
+
+
+def test_a_program_that_seems_to_compute_only_can_start_no_more_than_others(kind, monkeypatch):
+    """Where a program with a door that we do not know shares one process for all of its calls."""
+    forks = """
+import os, time
+def f(x):
+    for _ in range(100):
+        try:
+            if os.fork() == 0:
+                time.sleep(99)
+        except OSError:
+            return [x, x * x]
+    return 'no limit'
+"""
+    far_side = Path(sandbox_worker.__file__).read_text(encoding="utf-8")
+    fooled = far_side.replace("if __name__ ==", "leaves_no_trace = lambda code: True\n\n\nif __name__ ==")
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: fooled)
+    assert fooled != far_side and grade([forks], [SQUARE], **FAST) == [1.0]
+
+
 def test_a_flood_costs_only_its_own_call(kind):
     """Its clock runs although there is always something to read."""
     answers = [PROGRAMS["flood_everywhere"][1] + f"# {i}" for i in range(2)]
