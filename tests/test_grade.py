@@ -319,8 +319,9 @@ def test_what_is_no_report_is_not_read():
     assert reports == ["77", "!"]
 
 
-def test_a_program_that_seems_to_compute_only_can_start_no_more_than_others(kind, monkeypatch):
-    """Where a program with a door that we do not know shares one process for all of its calls."""
+@pytest.mark.parametrize("share", [False, True])
+def test_a_call_can_start_only_so_many_processes(kind, share, monkeypatch):
+    """share: a program with a door that we do not know has one process for all of its calls."""
     forks = """
 import os, time
 def f(x):
@@ -333,9 +334,11 @@ def f(x):
     return 'no limit'
 """
     far_side = Path(sandbox_worker.__file__).read_text(encoding="utf-8")
-    fooled = far_side.replace("if __name__ ==", "leaves_no_trace = lambda code: True\n\n\nif __name__ ==")
-    monkeypatch.setattr(Path, "read_text", lambda path, **_: fooled)
-    assert fooled != far_side and grade([forks], [SQUARE], **FAST) == [1.0]
+    if share:
+        fooled = far_side.replace("if __name__ ==", "leaves_no_trace = lambda code: True\n\n\nif __name__ ==")
+        assert fooled != far_side
+        monkeypatch.setattr(Path, "read_text", lambda path, **_: fooled)
+    assert grade([forks], [SQUARE], **FAST) == [1.0]
 
 
 def test_a_flood_costs_only_its_own_call(kind):
