@@ -385,8 +385,8 @@ def table(argv, options, cfg):
     def one(seed):
         for extra in ([], ["--no-reference"]):
             with open(f"{runs[seed]}.log", "a") as log:
-                subprocess.run([sys.executable, __file__, "--threads", "1", *argv, "--run", str(runs[seed]), "--seed",
-                                str(seed), *extra], check=True, stdout=log, stderr=log)
+                subprocess.run([sys.executable, __file__, *argv, "--run", str(runs[seed]), "--seed", str(seed), *extra],
+                               check=True, stdout=log, stderr=log)
     Path(options.run).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(cfg.jobs) as pool:
         list(tqdm(pool.map(one, seeds), total=len(seeds), desc="seeds"))

@@ -306,8 +306,8 @@ def bench_run(*flags):
     def cpu(plain):
         with tempfile.TemporaryDirectory() as folder:
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            subprocess.run([sys.executable, "sweet.py", "--threads", "1", "--run", f"{folder}/run", *flags,
-                            *(["--plain"] if plain else [])], check=True, capture_output=True)
+            subprocess.run([sys.executable, "sweet.py", "--run", f"{folder}/run", *flags, *["--plain"] * plain],
+                           check=True, capture_output=True)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     for _ in range(2):

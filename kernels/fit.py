@@ -78,7 +78,7 @@ class Machine:
                     least=0)
     micro_batch: int = arg(0, "examples a backward pass (the step stays the same); 0: the whole batch",
                            flag="micro-batch", least=0)
-    threads: int = arg(2, "threads of torch (table: 1)", flag="threads")
+    threads: int = arg(1, "threads of torch; another number rounds otherwise and gives other results", flag="threads")
     rows: int = arg(512, "dialogues that are sampled side by side", flag="rows")
 
 
