@@ -26,7 +26,6 @@ import io
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import sqlite3
@@ -34,6 +33,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -216,35 +216,33 @@ class Worker:
 
     def __init__(self):
         start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from worlds import browser; browser.serve()"
+        self.errors, self.pages = tempfile.TemporaryFile(), 0
         self.process = subprocess.Popen([sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, start_new_session=True)
-        self.rest, self.pages = b"", 0
-        if self.line(60.0) != b"ready":
+                                        stderr=self.errors, start_new_session=True)
+        if self.tell(b"", 60.0) != b"ready\n":
             self.kill()
-            said = self.process.stderr.read().decode(errors="replace").strip().splitlines() or ["no word"]
-            raise InputError(f"the browser does not start: {said[-1]}; {INSTALL}")
+            self.errors.seek(0)
+            said = self.errors.read().decode(errors="replace").strip().splitlines() or ["no word"]
+            why = [row for mark in ("[err]", "did exit", "") for row in said[::-1] if mark in row][0]
+            raise InputError(f"the browser does not start: {why.strip(' -')}; {INSTALL}")
 
-    def line(self, seconds):
-        """The next line, or None when it does not come in time or the process is gone."""
-        end, out = time.monotonic() + seconds, self.process.stdout.fileno()
-        while b"\n" not in self.rest:
-            if not select.select([out], [], [], max(0.0, end - time.monotonic()))[0]:
-                return None
-            piece = os.read(out, 1 << 20)
-            if not piece:
-                return None
-            self.rest += piece
-        line, self.rest = self.rest.split(b"\n", 1)
-        return line
-
-    def ask(self, source, wanted, seconds):
+    def tell(self, order, seconds):
+        """Hand over an order and hear the next line: None when it does not come in time or the process is gone."""
+        clock = threading.Timer(seconds, self.kill)
+        clock.start()
         try:
-            self.process.stdin.write(json.dumps([prepare(source), wanted]).encode() + b"\n")
+            self.process.stdin.write(order)
             self.process.stdin.flush()
+            line = self.process.stdout.readline()
         except BrokenPipeError:
             return None
+        finally:
+            clock.cancel()
+        return line if line.endswith(b"\n") else None
+
+    def ask(self, source, wanted, seconds):
         self.pages += 1
-        return self.line(seconds)
+        return self.tell(json.dumps([prepare(source), wanted]).encode() + b"\n", seconds)
 
     def kill(self):
         """The process, the browser that it started, and what that one started."""
