@@ -300,19 +300,21 @@ def bench_growth():
 
 
 def bench_run(*flags):
-    """sweet.py from start to end, with and without --plain: CPU seconds, taken in turn."""
-    header("stages", "plain, s", "ours, s", "ratio")
+    """sweet.py from start to end, with and without --plain, taken in turn: seconds on the clock, and of all processors
+    (which a busy machine changes less; graders and browsers included)."""
+    header("stages", "plain, s", "ours, s", "ratio", "plain, CPU s", "ours, CPU s", "ratio")
 
-    def cpu(plain):
+    def measure(plain):
         with tempfile.TemporaryDirectory() as folder:
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
             subprocess.run([sys.executable, "sweet.py", "--run", f"{folder}/run", *flags, *["--plain"] * plain],
                            check=True, capture_output=True)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    for _ in range(2):
-        plain, ours = cpu(True), cpu(False)
-        row("python sweet.py " + " ".join(flags), f"{plain:.0f}", f"{ours:.0f}", f"{plain / ours:.2f}x")
+            end, after = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        return end - start, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    for _ in range(3):
+        both = list(zip(measure(True), measure(False)))
+        row("python sweet.py " + " ".join(flags),
+            *(cell for plain, ours in both for cell in (f"{plain:.0f}", f"{ours:.0f}", f"{plain / ours:.2f}x")))
 
 
 def on_one_thread(work):

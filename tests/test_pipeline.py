@@ -102,7 +102,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(finished, tmp_path):
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-            kills, wait = kills + 1, wait + 1.5
+            kills, wait = kills + 1, 1.3 * wait
     assert kills >= 2
     for name in FILES:
         assert (run / name).read_bytes() == (finished / name).read_bytes(), name
