@@ -87,23 +87,20 @@ def test_before_the_first_step_every_preference_loss_is_log_2(finished):
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(finished, tmp_path):
-    """kill -9 again and again, a little later each time, until the run is done: the same bytes as uninterrupted."""
-    run = tmp_path / "killed"
+    """kill -9 in the middle of four stages, seen by what they leave half-written: the same bytes as uninterrupted."""
+    run, kills = tmp_path / "killed", 0
     shutil.copytree(finished / "base", run / "base")
     (run / "settings").mkdir()
     shutil.copy(finished / "settings/base.json", run / "settings/base.json")
-    kills, wait = 0, 5.0
-    while True:
-        process = subprocess.Popen([sys.executable, str(ROOT / "sweet.py"), "--run", str(run), *TINY], cwd=ROOT,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            assert process.wait(timeout=wait) == 0
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills, wait = kills + 1, 1.3 * wait
-    assert kills >= 2
+    for name in ("trajectories.jsonl", "critic", "samples.jsonl", "eval.jsonl", "never"):
+        process, half = subprocess.Popen([sys.executable, str(ROOT / "sweet.py"), "--run", str(run), *TINY], cwd=ROOT,
+                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), run / f"{name}.partial"
+        while process.poll() is None and not (half.exists() and half.stat().st_size):
+            time.sleep(0.01)
+        kills += process.poll() is None
+        process.kill()
+        assert process.wait() in (0, -signal.SIGKILL)
+    assert kills >= 3 and process.returncode == 0  # a busy machine may miss one
     for name in FILES:
         assert (run / name).read_bytes() == (finished / name).read_bytes(), name
 
