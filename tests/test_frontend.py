@@ -261,9 +261,9 @@ def test_documents_of_the_demonstrator():
 
 # ------------------------------------------------------------------ everything
 
-TINY = ["--base-documents", "600", "--base-epochs", "1", "--rollout-tasks", "24", "--rollout-per-task", "6",
+TINY = ["--base-documents", "600", "--base-epochs", "1", "--rollout-tasks", "16", "--rollout-per-task", "6",
         "--critic-epochs", "1", "--candidates-states", "40", "--candidates-n", "6", "--actor-epochs", "1",
-        "--rft-epochs", "1", "--multiturn-epochs", "1", "--eval-tasks", "6", "--credit-states", "8",
+        "--rft-epochs", "1", "--multiturn-epochs", "1", "--eval-tasks", "3", "--credit-states", "4",
         "--credit-monte-carlo-states", "1", "--credit-monte-carlo-rollouts", "3"]
 
 
