@@ -307,26 +307,25 @@ def bench_run(*flags):
     for _ in range(2):
         running, spent = {}, {}
         with tempfile.TemporaryDirectory() as folder:
+            for name, share, more in (("plain", 1.6, ["--plain"]), ("ours", 1.0, [])):
+                command = [sys.executable, "sweet.py", "--run", f"{folder}/{name}", *flags, *more]
+                running[name] = subprocess.Popen(command, stdout=subprocess.DEVNULL), share
+                os.kill(running[name][0].pid, signal.SIGSTOP)
             try:
-                for name, share, more in (("plain", 1.6, ["--plain"]), ("ours", 1.0, [])):
-                    running[name] = share, subprocess.Popen(
-                        [sys.executable, "sweet.py", "--run", f"{folder}/{name}", *flags, *more],
-                        stdout=subprocess.DEVNULL, stderr=open(f"{folder}/{name}.log", "w"))
-                    running[name][1].send_signal(signal.SIGSTOP)
                 while running:
-                    for name, (share, process) in list(running.items()):
-                        process.send_signal(signal.SIGCONT)
+                    for name, (process, share) in list(running.items()):
+                        os.kill(process.pid, signal.SIGCONT)
                         time.sleep(share)
-                        process.send_signal(signal.SIGSTOP)
+                        os.kill(process.pid, signal.SIGSTOP)
                         ended, status, usage = os.wait4(process.pid, os.WNOHANG)
                         if ended:
                             del running[name]
                             spent[name] = usage.ru_utime + usage.ru_stime
                         if status:
-                            sys.exit(f"sweet.py ({name}) failed:\n" + Path(f"{folder}/{name}.log").read_text()[-2000:])
+                            sys.exit(f"sweet.py ({name}) failed")
             finally:
-                for _, process in running.values():
-                    process.kill()
+                for process, _ in running.values():
+                    os.kill(process.pid, signal.SIGKILL)
         row("python sweet.py " + " ".join(flags), f"{spent['plain']:.0f}", f"{spent['ours']:.0f}",
             f"{spent['plain'] / spent['ours']:.2f}x")
 
