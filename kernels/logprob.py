@@ -27,7 +27,7 @@ from tqdm import tqdm
 from kernels.fit import check_context
 from kernels.prefix import Tree, can_share, head_is_plain, plain_path, say_once, share
 
-SHORT = 128  # tokens: up to this length a prefix is computed in the same pass as its branches
+SHORT = 16  # tokens: up to this length a prefix is computed in the same pass as its branches
 WORTH = 0.8  # trees have to save a fifth of the tokens, padding included
 
 
