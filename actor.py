@@ -25,9 +25,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from env import INSTRUCTIONS, DialogueEnv, InputError, Task
-from env import action_tokens, check_messages, control_tokens, end_of_turn, grade, read_jsonl, render
-from kernels.fit import arg, check_context, fit
+from env import INSTRUCTIONS, DialogueEnv, Task
+from env import action_tokens, check_messages, control_tokens, end_of_turn, grade, render
+from machinery.files import InputError, read_jsonl
+from machinery.train import arg, check_context, fit
 from kernels.logprob import add_reference, agent_tokens, lay_out, turn_logprobs
 from kernels.prefix import branches
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from env import ANSWER_MARKER, Task, render
-from kernels.fit import arg, fit
+from machinery.train import arg, fit
 from kernels.logprob import add_reference, agent_tokens, lay_out, pad_turns, reference_sums, turn_logprobs
 
 

@@ -11,24 +11,20 @@ An agent gets a vague request and talks with a human who knows the solution. Eve
 
 This file needs no torch. Place in the data flow: tasks.jsonl -> Task -> DialogueEnv -> messages -> render -> token
 ids, and answers -> grade -> rewards. Differences from the paper: none in the protocol; answers run in a sandbox
-(kernels/sandbox.py).
+(machinery/sandbox.py).
 """
 import copy
 import functools
-import hashlib
-import json
-import os
 import re
 import sys
 import textwrap
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from jinja2 import TemplateError
 from tokenizers import AddedToken
-from tqdm import tqdm
 
-from kernels import sandbox
+from machinery import sandbox
+from machinery.files import InputError, read_jsonl
 
 ANSWER_MARKER = "I WANT TO ANSWER:"
 REFERENCE_PREFIX = "In light that the final answer is: {reference}.\n"  # how the critic reads c: a data format
@@ -36,108 +32,6 @@ INSTRUCTIONS = (
     "You are helping a person who needs a piece of work done but has described it only roughly. In each of your turns, "
     "ask one short question about what is missing, or, once you know enough, write \"" + ANSWER_MARKER + "\" followed "
     "by the complete result. You have {max_turns} turns at most, and the answer takes one of them.\n\n")
-
-
-class InputError(ValueError):
-    """Bad input from the user: one line that names the file, the line and field, and what was expected."""
-
-
-# ------------------------------------------------------------------ files
-
-def read_jsonl(path, required=()):
-    """Yield (line number, record) from a JSON-lines file, one at a time. InputError on what cannot be read."""
-    try:
-        file = open(path, "rb")  # bytes: json.loads then complains about a line that is not UTF-8, too
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected one JSON object a line") from None
-    with file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error}); expected one object a line") from None
-            if not isinstance(record, dict):
-                raise InputError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
-            for name in required:
-                if name not in record:
-                    raise InputError(f"{path}, line {number}: field '{name}' is missing; found {sorted(record)[:8]}")
-            yield number, record
-
-
-class JsonlWriter:
-    """Write a JSON-lines file that is either whole or absent, and can go on after a kill.
-
-    Whole lines go to PATH.partial; `close` renames it. A writer opened on an existing partial file drops a torn last
-    line, keeps a multiple of `group` lines (work is done in groups, so that a resumed run computes the same batches)
-    and says in `.done` how many are kept.
-    """
-
-    def __init__(self, path, group=1):
-        self.path, self.partial = Path(path), Path(f"{path}.partial")
-        self.partial.touch()
-        whole = self.partial.read_bytes().split(b"\n")[:-1]
-        self.done = len(whole) // group * group
-        with open(self.partial, "r+b") as file:
-            file.truncate(sum(len(line) + 1 for line in whole[:self.done]))
-        self.file = open(self.partial, "a", encoding="utf-8")
-
-    def write(self, records):
-        self.file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-        self.file.flush()
-
-    def close(self):
-        self.file.close()
-        os.replace(self.partial, self.path)
-
-
-def write_groups(path, items, size, make, label):
-    """Write make(items[i:i + size], i), one record an item, group by group, with a bar; goes on at a whole group.
-
-    A record that is None could not be made now: the group's others are kept aside, the missing ones are listed there
-    and in the InputError, and the next call asks for those alone.
-    """
-    writer = JsonlWriter(path, size)
-    with tqdm(total=len(items), initial=writer.done, desc=f"{label:>12}", mininterval=0.5) as bar:
-        for i in range(writer.done, len(items), size):
-            part, aside = items[i:i + size], Path(f"{path}.{i}-{min(i + size, len(items))}.unfinished")
-            records = json.loads(aside.read_text(encoding="utf-8"))["records"] if aside.exists() else [None] * len(part)
-            todo = [j for j, record in enumerate(records) if record is None]
-            for j, record in zip(todo, make([part[j] for j in todo], i)):
-                records[j] = record
-            if missing := [part[j] for j in todo if records[j] is None]:
-                write_json(aside, {"missing": missing, "records": records})
-                raise InputError(f"{aside}: {len(missing)} of {len(part)} unfinished: {', '.join(map(str, missing))}; "
-                                 "the others are kept there, and the same command goes on with these")
-            writer.write(records)
-            aside.unlink(missing_ok=True)
-            bar.update(len(records))
-            if "reward" in records[0]:
-                bar.set_postfix(reward=f"{sum(r['reward'] for r in records) / len(records):.3f}", refresh=False)
-    writer.close()
-
-
-def write_json(path, value):
-    """Write one JSON file, whole or not at all."""
-    Path(f"{path}.partial").write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(f"{path}.partial", path)
-
-
-def holds_something(path):
-    """Whether a file has content, or a folder files."""
-    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
-
-
-def fingerprint(setting):
-    """A setting in the words in which runs are compared: a file by name and content, what is not given as None."""
-    if setting and Path(setting).is_file():
-        digest = hashlib.sha256()
-        with open(setting, "rb") as file:
-            for block in iter(lambda: file.read(2 ** 20), b""):
-                digest.update(block)
-        return f"{Path(setting).name} (sha256 {digest.hexdigest()[:12]})"
-    return setting or None
 
 
 # ------------------------------------------------------------------ tasks
@@ -383,7 +277,7 @@ def grade(answers, tasks, call_seconds=1.0, answer_seconds=10.0, workers=None):
 
     Each call sees fresh definitions, the same random and hash seeds for reference and answer, and an empty scratch
     folder; call_seconds and answer_seconds limit a call and an answer. What has run once is not run again.
-    kernels/sandbox.py runs the programs and says what is contained and what is not: in short, with bubblewrap neither
+    machinery/sandbox.py runs the programs and says what is contained and what is not: in short, with bubblewrap neither
     your files nor the network are in reach, without it both are. A reference that fails on a call is reported on
     stderr; no answer can pass that call. ValueError when there is not one task for each answer.
     """

@@ -23,7 +23,8 @@ from string import Template
 
 import numpy as np
 
-from env import ANSWER_MARKER, InputError, read_jsonl
+from env import ANSWER_MARKER
+from machinery.files import InputError, read_jsonl
 from worlds import backend
 
 METHODS = ("base", "RFT", "multi-turn DPO", "SWEET", "SWEET without c")
@@ -259,7 +260,7 @@ def choose(found, n):
 def advantages_of(root, own, records):
     """The critic's advantage of every turn (Eq. 3), a list for each record; [] for each where a model is missing."""
     from critic import critic_view, turn_advantages
-    from kernels.fit import load_model
+    from machinery.train import load_model
     from kernels.logprob import collate, turn_logprobs
 
     settings, read = read_json(own / "settings" / "critic.json", {}), []

@@ -11,7 +11,7 @@ carries what the human knows.
     module:Class    your own, made by `Class()`; it needs `reply` and nothing else
 
 A human who cannot reply at the moment (a server that is gone) returns None for a dialogue; what is finished is kept
-then, and the same command completes the rest later (`env.write_groups`).
+then, and the same command completes the rest later (`machinery.files.write_groups`).
 
 The paper's simulator is Llama-3.1-70B-Instruct with a prompt of its own; the words below are ours.
 """
@@ -19,8 +19,9 @@ import importlib
 import random
 import sys
 
-from env import InputError, end_of_turn, render
-from kernels.endpoint import Endpoint, Server
+from env import end_of_turn, render
+from machinery.files import InputError
+from machinery.server import Endpoint, Server
 
 NO_PREFERENCE = "I have no preference."  # stands in for a reply that a model left empty or refused
 ROLE = """You are a person who has asked an assistant to write a function. You know exactly what you want: it is this \
@@ -92,7 +93,7 @@ class ModelHuman(Human):
     """A causal language model from a Hugging Face directory or name, decoded greedily, one dialogue after the other."""
 
     def __init__(self, path, machine=None, max_tokens=128):
-        from kernels.fit import load_model
+        from machinery.train import load_model
         self.model, self.tokenizer = load_model(path, machine)
         self.max_tokens = max_tokens
 
@@ -110,7 +111,7 @@ class ModelHuman(Human):
 
 
 class EndpointHuman(Human):
-    """A model behind an OpenAI-compatible server (`kernels.endpoint`); a refusal to speak counts as `silence`."""
+    """A model behind an OpenAI-compatible server (`machinery.server`); a refusal to speak counts as `silence`."""
     silence, conversation = NO_PREFERENCE, staticmethod(prompt_for)  # what it is told, of a task and a dialogue
 
     def __init__(self, url, cfg):

@@ -45,10 +45,11 @@ from tqdm import tqdm
 import actor
 import critic
 import report
-from env import DialogueEnv, InputError, JsonlWriter, holds_something
-from env import fingerprint, load_tasks, read_jsonl, read_trajectories, render, write_groups, write_json
-from kernels.endpoint import Server
-from kernels.fit import ONE_GPU, SMOKE, Given, Machine, arg, check_values, flag_of, load_model, save_to
+from env import DialogueEnv
+from env import load_tasks, read_trajectories, render
+from machinery.files import fingerprint, holds_something, InputError, JsonlWriter, read_jsonl, write_groups, write_json
+from machinery.server import Server
+from machinery.train import ONE_GPU, SMOKE, Given, Machine, arg, check_values, flag_of, load_model, save_to
 from kernels.prefix import use_plain_path
 from simulator import ConsoleHuman
 from worlds import backend, frontend

@@ -13,7 +13,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from env import read_jsonl
+from machinery.files import read_jsonl
 from worlds import frontend
 from worlds.backend import known_steps, read_function
 

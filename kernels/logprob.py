@@ -13,7 +13,7 @@ number:
 --plain switches all three off: every sequence in full, the model's own logits at every position.
 
 Place in the data flow: (input_ids, turn_ids) from `env.render` -> `lay_out` -> `turn_logprobs` -> sums and lengths
-per turn. Exercised by `python -m pytest tests/test_kernels.py` and measured by `python -m kernels.bench`.
+per turn. Exercised by `python -m pytest tests/test_kernels.py` and measured by `python -m bench.speed`.
 
 Shapes: B examples, T tokens, K turns, D hidden, V vocabulary, N agent tokens in the batch.
 """
@@ -24,7 +24,7 @@ import itertools
 import torch
 from tqdm import tqdm
 
-from kernels.fit import check_context
+from machinery.train import check_context
 from kernels.prefix import Tree, can_share, head_is_plain, plain_path, say_once, share
 
 SHORT = 16  # tokens: up to this length a prefix is computed in the same pass as its branches

@@ -11,7 +11,7 @@ is scored in full, with the model's own logits at every position, and sampled fr
 what one would write first, and what the tests compare with. On models whose cache cannot be shared the first half of it
 happens, with a note: rows of their own, but the head on agent tokens only.
 
-Exercised by `python -m pytest tests/test_kernels.py` and measured by `python -m kernels.bench`.
+Exercised by `python -m pytest tests/test_kernels.py` and measured by `python -m bench.speed`.
 
 Shapes: B branches, L live branches, N new tokens, R rows with live branches, C new tokens a row, S slots of the cache,
 D hidden, V vocabulary.

@@ -1,4 +1,4 @@
-"""Pages that try to hang, to harm or to get out, for tests/test_pages.py and kernels/bench_pages.py."""
+"""Pages that try to hang, to harm or to get out, for tests/test_pages.py and bench/pages.py."""
 from worlds.browser import MOST_CHARACTERS
 
 

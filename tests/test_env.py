@@ -4,18 +4,8 @@ import os
 
 import pytest
 
-from env import (
-    ANSWER_MARKER,
-    DialogueEnv,
-    InputError,
-    JsonlWriter,
-    Task,
-    end_of_turn,
-    load_tasks,
-    read_jsonl,
-    render,
-    write_json,
-)
+from env import ANSWER_MARKER, DialogueEnv, Task, end_of_turn, load_tasks, render
+from machinery.files import InputError, JsonlWriter, read_jsonl, write_json
 
 PLAIN = ("{% for m in messages %}{% if m.role == 'assistant' %}<A>{{ m.content }}<E>{% else %}<U>{{ m.content }}"
          "{% endif %}{% endfor %}{% if add_generation_prompt %}<A>{% endif %}")

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from test_pages import REAL, why_not
 
-from env import ANSWER_MARKER, InputError, Task, render
-from kernels.endpoint import Server
+from env import ANSWER_MARKER, Task, render
+from machinery.files import InputError
+from machinery.server import Server
 from worlds import browser, pages
 from worlds import frontend as world
 

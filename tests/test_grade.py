@@ -19,7 +19,7 @@ import pytest
 
 import env
 from env import Task, extract_code, grade, load_tasks
-from kernels import sandbox, sandbox_worker
+from machinery import sandbox, sandbox_worker
 from tests.programs import PROGRAMS, RIGHT
 
 COLBENCH = Path(__file__).resolve().parent.parent.parent / "shared" / "colbench" / "backend.jsonl"
@@ -94,7 +94,7 @@ def test_orphans_are_gone_and_write_nothing_later(kind, tmp_path):
 def test_nothing_outlives_a_grader_that_is_killed(kind, tmp_path):
     """No folder, and not even the program that was running: the worker sees the end of its orders, kills everybody and
     leaves."""
-    start = (f"from kernels import sandbox; sandbox.tightest_way = lambda: {sandbox.tightest_way()}; "
+    start = (f"from machinery import sandbox; sandbox.tightest_way = lambda: {sandbox.tightest_way()}; "
              "sandbox.run([('import os\\nos.fork()\\nwhile True: pass', ['1'])], 60, 60, 1)")
     os.chmod(tmp_path, 0o711)
     parent = subprocess.Popen([sys.executable, "-c", start], cwd=Path(env.__file__).parent,

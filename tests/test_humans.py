@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import Proxy, free_port, save_model, three_in_ten
 
-import kernels.endpoint
-from env import InputError, Task, read_jsonl
-from kernels.endpoint import Server
+import machinery.server
+from env import Task
+from machinery.files import InputError, read_jsonl
+from machinery.server import Server
 from simulator import NO_PREFERENCE, EndpointHuman, ModelHuman, make_human, prompt_for
 from worlds import backend as world
 
@@ -33,7 +34,7 @@ def said(content, **extra):
 @pytest.fixture
 def proxied(request):
     """make(fault, target=...) -> a Proxy that is closed after the test."""
-    request.getfixturevalue("monkeypatch").setattr(kernels.endpoint, "PAUSE", 0.01)
+    request.getfixturevalue("monkeypatch").setattr(machinery.server, "PAUSE", 0.01)
     made = []
 
     def make(fault, target="http://127.0.0.1:9/v1", **extra):
@@ -79,8 +80,8 @@ def test_the_pauses_double_and_differ(proxied, monkeypatch):
     pauses = []
     proxy = proxied(lambda *_: "500")
     human = EndpointHuman(proxy.url, Server(model="m", parallel=1))
-    monkeypatch.setattr(kernels.endpoint, "PAUSE", 0.5)
-    monkeypatch.setattr(kernels.endpoint.time, "sleep", pauses.append)
+    monkeypatch.setattr(machinery.server, "PAUSE", 0.5)
+    monkeypatch.setattr(machinery.server.time, "sleep", pauses.append)
     assert human.reply([TASK] * 3, [dialogue()] * 3) == [None] * 3
     assert len(pauses) == 8 and len(proxy.log) == 10  # the look at its models, one request with 8 further tries
     for k, pause in enumerate(pauses):

@@ -11,7 +11,8 @@ from test_losses import assert_same_gradients, as_batch, flat, gradients, hand_t
 
 import actor
 import critic
-from env import DialogueEnv, InputError, end_of_turn, render
+from env import DialogueEnv, end_of_turn, render
+from machinery.files import InputError
 from kernels import logprob, prefix
 from kernels.logprob import collate, lay_out, reference_sums, turn_logprobs
 from kernels.prefix import Tree, can_share, fill, head_is_plain

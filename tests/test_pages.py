@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hostile_pages import hostile_pages
 
-from env import InputError
+from machinery.files import InputError
 from worlds import browser, pages
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import sweet as program
-from env import InputError
+from machinery.files import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--base-documents", "1500", "--base-epochs", "2", "--rollout-tasks", "80", "--rollout-per-task", "8",

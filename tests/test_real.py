@@ -19,8 +19,9 @@ from conftest import CHAT, free_port, save_model
 
 import actor
 import critic
-from env import ANSWER_MARKER, InputError, end_of_turn, grade, load_tasks, read_trajectories, render
-from kernels.fit import Machine, check_context, fit, load_model, save_to
+from env import ANSWER_MARKER, end_of_turn, grade, load_tasks, read_trajectories, render
+from machinery.files import InputError
+from machinery.train import Machine, check_context, fit, load_model, save_to
 from kernels.logprob import collate, reference_sums, turn_logprobs
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import report
-from env import ANSWER_MARKER, InputError, render
+from env import ANSWER_MARKER, render
+from machinery.files import InputError
 from worlds.backend import make_tasks, make_tokenizer
 
 HOSTILE = "</script></pre><img src=x onerror=alert(1)>'\"&<svg onload=alert(2)>"
@@ -243,7 +244,7 @@ def test_page_holds_every_section(page):
 
 def test_advantages_are_the_critics(page, whole_run):
     """Eq. 3 by a loop over tokens on the models' own logits, against the numbers on the page."""
-    from kernels.fit import load_model
+    from machinery.train import load_model
 
     shown = report.evaluations(whole_run)["SWEET", 0.9][0]
     means = []

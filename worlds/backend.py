@@ -23,8 +23,9 @@ import random
 from dataclasses import dataclass
 from html import escape
 
-from env import ANSWER_MARKER, INSTRUCTIONS, REFERENCE_PREFIX, InputError, Task, grade
-from kernels.fit import arg
+from env import ANSWER_MARKER, INSTRUCTIONS, REFERENCE_PREFIX, Task, grade
+from machinery.files import InputError
+from machinery.train import arg
 from simulator import make_human
 
 MAX_TURNS = 4

@@ -42,7 +42,7 @@ from queue import Empty, SimpleQueue
 
 import numpy as np
 
-from env import InputError
+from machinery.files import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")

@@ -27,7 +27,8 @@ import functools
 import random
 import re
 
-from env import ANSWER_MARKER, REFERENCE_PREFIX, InputError, Task
+from env import ANSWER_MARKER, REFERENCE_PREFIX, Task
+from machinery.files import InputError
 from simulator import EndpointHuman, Human, make_human
 from worlds import backend
 from worlds.browser import render_pages

@@ -20,7 +20,8 @@ from html import escape
 
 import numpy as np
 
-from env import ANSWER_MARKER, InputError
+from env import ANSWER_MARKER
+from machinery.files import InputError
 from worlds.browser import HEIGHT, WIDTH, render_pages
 
 PAPER = dict(zip(("base", "RFT", "multi-turn DPO", "SWEET", "SWEET without c"),

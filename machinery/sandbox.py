@@ -44,7 +44,7 @@ value may hold 10^6 letters and parts and nest about 300 deep; values of kinds t
 UUID, Enum, dataclass, DataFrame, functions, your own classes) equal nothing; an OrderedDict compares like a dict, and a
 float32 by its exact value; of two values that differ, one pair in 2^64 hashes alike.
 
-No torch here. Exercised by `python -m pytest tests/test_grade.py`; measured by `python kernels/bench_grade.py`.
+No torch here. Exercised by `python -m pytest tests/test_grade.py`; measured by `python -m bench.grade`.
 """
 import collections
 import contextlib

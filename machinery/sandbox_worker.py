@@ -1,8 +1,8 @@
-"""The far side of kernels/sandbox.py: all that runs in the same processes as strangers' programs.
+"""The far side of machinery/sandbox.py: all that runs in the same processes as strangers' programs.
 
 This file is a program, not a module: its text is handed to a fresh Python, `worker` starts, and for each job it forks
 a stem, which forks a child for each call. What crosses back is one line a call, "INDEX HASH" or "INDEX !REASON".
-Nothing here can be trusted once a program has begun to run; kernels/sandbox.py says why that does no harm.
+Nothing here can be trusted once a program has begun to run; machinery/sandbox.py says why that does no harm.
 """
 import collections.abc
 import contextlib

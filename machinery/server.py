@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from env import InputError
-from kernels.fit import arg
+from machinery.files import InputError
+from machinery.train import arg
 
 PAUSE = 0.5  # seconds before the second try
 

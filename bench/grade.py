@@ -1,6 +1,6 @@
 """What the grader costs: easy answers a second, and references against themselves, against the same work unprotected.
 
-    PYTHONPATH=. python kernels/bench_grade.py [a ColBench task file]
+    python -m bench.grade [a ColBench task file]
 """
 import contextlib
 import io

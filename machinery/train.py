@@ -8,7 +8,7 @@ so that a run killed anywhere ends in the same weights.
 Loading and saving live here, too, because they decide what is in memory: one copy of the weights, and what the
 optimizer needs for those that learn (docs/memory.md has the arithmetic).
 
-Exercised by `python -m pytest tests/test_fit.py tests/test_real.py`.
+Exercised by `python -m pytest tests/test_train.py tests/test_real.py`.
 """
 import json
 import math
@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from env import InputError, end_of_turn
+from env import end_of_turn
+from machinery.files import InputError
 
 
 def arg(default, text, paper=None, **extra):

@@ -11,7 +11,7 @@ from conftest import perturbed, tiny_llama
 import actor
 import critic
 from env import render
-from kernels.fit import batches_of, fit, load_model, save_to, take_step
+from machinery.train import batches_of, fit, load_model, save_to, take_step
 from kernels.logprob import collate, reference_sums, turn_logprobs
 
 

@@ -1,9 +1,9 @@
 """How fast the hot paths are, and how exact: ratios of time and memory against named peers, in one table.
 
-    python -m kernels.bench               everything that takes minutes: log-probs, DPO, scoring, sampling, growth
-    python -m kernels.bench dpo growth    some of it
-    python -m kernels.bench_gpu           the head on a GPU
-    python -m kernels.bench run           sweet.py with and without --plain (flags after it are handed on: run --smoke)
+    python -m bench.speed               everything that takes minutes: log-probs, DPO, scoring, sampling, growth
+    python -m bench.speed dpo growth    some of it
+    python -m bench.gpu                 the head on a GPU
+    python -m bench.speed run           sweet.py with and without --plain (flags after it are handed on: run --smoke)
 
 A row is one contest: each contender does the same work on the same inputs, in turn, again and again, so that what else
 the machine is doing hits all alike; what counts is the median of (peer / ours) over the repeats. CPU times are CPU

@@ -1,6 +1,6 @@
-"""The head on a GPU: time and peak memory of the Triton kernel against those who do the same (see kernels/bench.py).
+"""The head on a GPU: time and peak memory of the Triton kernel against those who do the same (see bench/speed.py).
 
-    python -m kernels.bench_gpu
+    python -m bench.gpu
 
 Forward and backward in bf16, D 4096, V 128256, N 2048 and 8192, every row an agent token. "of matmul peak": the time
 that the three matrix products alone take, as measured here, over the time taken. Peers: `pip install trl liger-kernel
@@ -12,7 +12,7 @@ import statistics
 
 import torch
 
-from kernels.bench import REPEATS, eager, header, installed, row
+from bench.speed import REPEATS, eager, header, installed, row
 from kernels.logprob import token_logprobs
 
 

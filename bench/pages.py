@@ -1,6 +1,6 @@
 """What drawing costs: real pages a second, and what the worst hostile page holds up.
 
-    PYTHONPATH=.:tests python kernels/bench_pages.py COLBENCH-FRONTEND-TASKS.jsonl
+    PYTHONPATH=.:tests python -m bench.pages COLBENCH-FRONTEND-TASKS.jsonl
 
 Nothing is remembered: each page is drawn anew in each pass. On a busy machine pages that only just fit into their time
 are drawn twice, or not at all; the table counts these.
