@@ -272,11 +272,17 @@ def turn_pairs(advantages, counts, n, rng):
     half of the time is not one rare turn among many. Only pairs with a strictly larger advantage count; a state that
     has none gives none.
     """
-    order = sorted((i for i, count in enumerate(counts) for _ in range(count)), key=lambda i: -advantages[i])
-    half = len(order) // 2
-    found = [(a, b) for a in order[:half] for b in order[len(order) - half:] if advantages[a] > advantages[b]]
-    rng.shuffle(found)
-    return list(dict.fromkeys(found))[:n]
+    samples = []
+    for i, count in enumerate(counts):
+        samples += [i] * count
+    samples.sort(key=lambda i: -advantages[i])  # best first
+    half = len(samples) // 2
+    better, worse = samples[:half], samples[len(samples) - half:]
+
+    pairs = [(a, b) for a in better for b in worse if advantages[a] > advantages[b]]
+    rng.shuffle(pairs)
+    different = list(dict.fromkeys(pairs))  # a pair of often-sampled turns is in the list many times
+    return different[:n]
 
 
 def turn_view(tokenizer, prompt, turn):

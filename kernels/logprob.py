@@ -17,9 +17,7 @@ per turn. Exercised by `python -m pytest tests/test_kernels.py` and measured by 
 
 Shapes: B examples, T tokens, K turns, D hidden, V vocabulary, N agent tokens in the batch.
 """
-import bisect
 import importlib.util
-import itertools
 
 import torch
 from tqdm import tqdm
@@ -110,43 +108,71 @@ def token_logprobs(hidden_ND, weight_VD, targets_N, chunk=None, keep=4):
 # ------------------------------------------------------------------ log-probs per turn
 
 def collate(examples, device="cpu"):
-    """Right-pad a list of (input_ids, turn_ids) into one batch {"input_ids": BT, "turn_ids": BT}.
+    """Right-pad a list of (input_ids, turn_ids) into one batch {"input_ids": (B, T), "turn_ids": (B, T)}.
 
-    Padding has turn 0 and comes after every real token: under causal attention no real token sees it, no mask is
-    needed.
+    Padding has turn 0 and comes after every real token, so under causal attention no real token sees it.
     """
-    width = max(len(ids) for ids, _ in examples)
-    pad = [[list(row) + [0] * (width - len(row)) for row in column] for column in zip(*examples)]
-    return {name: torch.tensor(rows, device=device) for name, rows in zip(("input_ids", "turn_ids"), pad)}
+    T = max(len(input_ids) for input_ids, _ in examples)
+    input_BT = torch.zeros(len(examples), T, dtype=torch.long)
+    turn_BT = torch.zeros(len(examples), T, dtype=torch.long)
+    for b, (input_ids, turn_ids) in enumerate(examples):
+        input_BT[b, :len(input_ids)] = torch.tensor(input_ids)
+        turn_BT[b, :len(turn_ids)] = torch.tensor(turn_ids)
+    return {"input_ids": input_BT.to(device), "turn_ids": turn_BT.to(device)}
 
 
 def _prefix(example):
-    """All tokens before the first agent token but one (see Tree)."""
+    """The tokens that can be shared: all before the first agent token, except the last one. That one starts the
+    branch, because its hidden state predicts the first agent token."""
     input_ids, turn_ids = example
-    first = next(itertools.compress(itertools.count(), turn_ids), len(input_ids))
-    return tuple(input_ids[:max(first - 1, 0)])
+    first_agent = len(input_ids)
+    for position, turn in enumerate(turn_ids):
+        if turn > 0:
+            first_agent = position
+            break
+    return tuple(input_ids[:max(first_agent - 1, 0)])
 
 
 def lay_out(model, examples):
-    """The batch of a list of (input_ids, turn_ids): trees on the distinct prefixes, or a row for each example
-    (`collate`) where the model cannot share, or where trees would hardly be smaller."""
+    """The batch for `turn_logprobs`. Examples that begin with the same prefix share a row, [prefix | branch | branch],
+    which reads the prefix once; if that saves too little, or the model cannot do it, one row per example (`collate`).
+
+    owner_ids says which example a token belongs to: 0 the prefix, b + 1 example b, -1 padding.
+    """
     prefixes = [_prefix(example) for example in examples]
-    lengths = [len(input_ids) - len(prefix) for prefix, (input_ids, _) in zip(prefixes, examples)]
-    rows, inside = {}, max(map(len, prefixes)) <= SHORT
-    for b, (key, (input_ids, turn_ids)) in enumerate(zip(share(prefixes, lengths), examples)):
+    branch_lengths = [len(input_ids) - len(prefix) for (input_ids, _), prefix in zip(examples, prefixes)]
+    short = max(len(prefix) for prefix in prefixes) <= SHORT  # then the prefix is part of the row, not of a cache
+
+    # 1. fill the rows
+    rows = {}  # which row -> its three lists
+    for b, row_key in enumerate(share(prefixes, branch_lengths)):
+        input_ids, turn_ids = examples[b]
         n = len(prefixes[b])
-        row = rows.setdefault(key, ([*prefixes[b]], [0] * n, [0] * n) if inside else ([], [], []))
-        row[0].extend(input_ids[n:])
-        row[1].extend([0, *turn_ids[n + 1:]])  # a branch's first token is predicted by nothing in the branch
-        row[2].extend([b + 1] * (len(input_ids) - n))
-    width = max(len(ids) for ids, _, _ in rows.values())
-    tokens = len(rows) * width + (0 if inside else len({i for i, _ in rows}) * max(map(len, prefixes)))
-    if tokens > WORTH * len(examples) * max(len(ids) for ids, _ in examples) or not can_share(model):
+        if row_key not in rows:
+            rows[row_key] = {"input_ids": [], "turn_ids": [], "owner_ids": []}
+            if short:
+                rows[row_key] = {"input_ids": list(prefixes[b]), "turn_ids": [0] * n, "owner_ids": [0] * n}
+        row = rows[row_key]
+        row["input_ids"] += input_ids[n:]
+        row["turn_ids"] += [0] + list(turn_ids[n + 1:])  # a branch's first token is predicted by nothing in the branch
+        row["owner_ids"] += [b + 1] * (len(input_ids) - n)
+
+    # 2. is it worth it? compare the tokens that go through the model
+    width = max(len(row["input_ids"]) for row in rows.values())
+    shared_tokens = len(rows) * width
+    if not short:
+        distinct = len({first for first, _ in rows})
+        shared_tokens += distinct * max(len(prefix) for prefix in prefixes)
+    plain_tokens = len(examples) * max(len(input_ids) for input_ids, _ in examples)
+    if shared_tokens > WORTH * plain_tokens or not can_share(model):
         return collate(examples, model.device)
-    columns = [[list(row) + [pad] * (width - len(row)) for row in column]
-               for column, pad in zip(zip(*rows.values()), (0, 0, -1))]
-    batch = dict(zip(("input_ids", "turn_ids", "owner_ids"), torch.tensor(columns, device=model.device)))
-    return {"prefixes": [() if inside else prefixes[i] for i, _ in rows], **batch}
+
+    # 3. pad the rows on the right
+    batch = {"prefixes": [() if short else prefixes[first] for first, _ in rows]}
+    for name, padding in (("input_ids", 0), ("turn_ids", 0), ("owner_ids", -1)):
+        padded = [row[name] + [padding] * (width - len(row[name])) for row in rows.values()]
+        batch[name] = torch.tensor(padded, device=model.device)
+    return batch
 
 
 def turn_logprobs(model, batch):
@@ -199,24 +225,39 @@ def reference_sums(model, examples, batch_tokens=16384, label=None):
     model is ever in memory), and for ranking. Equal examples are computed once; examples with the same prefix, and
     prefixes of like length, share a batch of at most batch_tokens tokens; the result does not depend on it.
     """
-    check_context(model, max((len(ids) for ids, _ in examples), default=0), "the longest of these dialogues")
-    first, prefixes, sums = {}, [_prefix(example) for example in examples], [None] * len(examples)
-    same = [first.setdefault((tuple(ids), tuple(turns), plain_path() and i), i)
-            for i, (ids, turns) in enumerate(examples)]
+    longest = max((len(input_ids) for input_ids, _ in examples), default=0)
+    check_context(model, longest, "the longest of these dialogues")
+
+    # 1. equal examples are computed once (on the plain path, all of them)
+    first = {}  # content of an example -> index of the first example with that content
+    representative = []
+    for i, (input_ids, turn_ids) in enumerate(examples):
+        content = i if plain_path() else (tuple(input_ids), tuple(turn_ids))
+        representative.append(first.setdefault(content, i))
+
+    # 2. batches of neighbours: same prefix first, then prefixes of like length
+    prefixes = [_prefix(example) for example in examples]
     order = sorted(first.values(), key=lambda i: (len(prefixes[i]), prefixes[i], len(examples[i][0])))
+    batches, tokens = [], 0
+    for i in order:
+        same_prefix = len(batches) > 0 and prefixes[batches[-1][-1]] == prefixes[i]
+        cost = len(examples[i][0]) - (len(prefixes[i]) if same_prefix else 0)  # a shared prefix counts once
+        if not batches or tokens + cost > batch_tokens:
+            batches.append([])
+            tokens, cost = 0, len(examples[i][0])
+        batches[-1].append(i)
+        tokens += cost
+
+    # 3. score them
+    sums = [None] * len(examples)
     with tqdm(total=len(order), desc=f"{label or '':>12}", disable=label is None, mininterval=0.5) as bar:
-        while order:
-            new = [len(examples[i][0]) for i in order]
-            for k, (before, i) in enumerate(zip(order, order[1:]), 1):
-                new[k] -= len(prefixes[i]) * (prefixes[i] == prefixes[before])  # a prefix counts once
-            tokens = list(itertools.accumulate(new))
-            n = max(1, bisect.bisect_right(tokens, batch_tokens))
-            batch, order = order[:n], order[n:]
-            rows, _ = turn_logprobs(model, lay_out(model, [examples[i] for i in batch]))
-            for i, row in zip(batch, rows.tolist()):
-                sums[i] = row[:max(examples[i][1])]
-            bar.update(n)
-    return [sums[i] for i in same]
+        for batch in batches:
+            sums_BK, _ = turn_logprobs(model, lay_out(model, [examples[i] for i in batch]))
+            for i, row in zip(batch, sums_BK.tolist()):
+                n_turns = max(examples[i][1])
+                sums[i] = row[:n_turns]
+            bar.update(len(batch))
+    return [sums[i] for i in representative]
 
 
 def add_reference(model, pairs):
