@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from jinja2 import TemplateError
 from tokenizers import AddedToken
 
-from machinery import sandbox
-from machinery.files import InputError, read_jsonl
+from machinery import sandbox, schema
+from machinery.files import clean
 
 ANSWER_MARKER = "I WANT TO ANSWER:"
 REFERENCE_PREFIX = "In light that the final answer is: {reference}.\n"  # how the critic reads c: a data format
@@ -52,7 +52,8 @@ class Task:
     @property
     def hidden_information(self):
         """What the human knows (some copies of ColBench carry it; otherwise the reference itself)."""
-        return self.extra.get("hidden_information", self.ground_truth)
+        known = self.extra.get("hidden_information") or ""
+        return known if known.strip() else self.ground_truth
 
     def to_record(self):
         return {"problem_description": self.problem_description, "ground_truth": self.ground_truth,
@@ -62,52 +63,29 @@ class Task:
     def from_record(cls, record, where="task", optional=("test_cases",)):
         """Read ColBench's record. InputError, naming `where`, when a field is missing, empty or of the wrong
         kind."""
-        known = {"problem_description": str, "ground_truth": str, "test_cases": dict}
-        for name, kind in known.items():
-            if not isinstance(record.get(name, kind()), kind):
-                raise InputError(f"{where}: field '{name}' should be a {kind.__name__}, is {record[name]!r:.40}")
-            if not record.get(name) and name not in optional:
-                fault = "is empty" if name in record else f"is missing; found {sorted(record)[:8]}"
-                raise InputError(f"{where}: field '{name}' {fault}")
-        values = {name: record.get(name, kind()) for name, kind in known.items()}
-        for name, call in values["test_cases"].items():
-            if not isinstance(call, str):
-                raise InputError(f"{where}: field 'test_cases': '{name}' should be a call as text, is {call!r:.40}")
-        return cls(**values, extra={k: value for k, value in record.items() if k not in known}, where=where)
+        schema.check(record, schema.task(optional), where)
+        known = ("problem_description", "ground_truth", "test_cases")
+        extra = {name: value for name, value in record.items() if name not in known}
+        return cls(record["problem_description"], record["ground_truth"], record.get("test_cases") or {}, extra, where)
 
 
 def load_tasks(path, optional=("test_cases",)):
     """Read a ColBench task file. optional: fields that the task at hand can do without (a file of web pages has no
     test_cases). InputError on a missing file or field, a broken line, or no task at all."""
-    tasks = [Task.from_record(record, f"{path}, line {number}", optional) for number, record in read_jsonl(path)]
-    if not tasks:
-        raise InputError(f"{path}: holds no task; expected a line with problem_description and ground_truth for each")
-    return tasks
+    records = schema.read_records(path, schema.task(optional), "task")
+    return [Task.from_record(record, where, optional) for where, record in records]
 
 
-def check_messages(messages, where):
-    """InputError unless this is a list of {"role": text, "content": text}."""
-    if not isinstance(messages, list):
-        raise InputError(f"{where} should be a list of messages, is {messages!r:.40}")
-    for message in messages:
-        if not isinstance(message, dict) or any(not isinstance(message.get(k), str) for k in ("role", "content")):
-            raise InputError(f"{where}: a message should have 'role' and 'content', both text; is {message!r:.60}")
-
-
-def read_trajectories(path):
+def read_trajectories(path, tokenizer=None):
     """Yield ColBench's offline dialogues one at a time, without what this project does not read (the prompt that is
-    repeated with every turn is most of such a file). InputError on what is no graded dialogue."""
-    for number, record in read_jsonl(path, ("task", "dialogue_history", "reward")):
-        where, history, reward = f"{path}, line {number}", record["dialogue_history"], record["reward"]
-        if isinstance(reward, bool) or not isinstance(reward, (int, float)) or reward != reward:
-            raise InputError(f"{where}: field 'reward' should be a number, is {reward!r:.40}")
-        check_messages(history, f"{where}: field 'dialogue_history'")
-        roles = [message["role"] for message in history]
-        if len(roles) < 2 or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
-            raise InputError(f"{where}: field 'dialogue_history' should alternate user and assistant, is {roles!r:.80}")
-        history = [{key: m[key] for key in ("role", "content", "output_ids") if key in m} for m in history]
+    repeated with every turn is most of such a file). InputError on what is no graded dialogue, or whose ids are not
+    the tokenizer's."""
+    known = None if tokenizer is None else known_ids(tokenizer)
+    for where, record in schema.read_records(path, schema.trajectory(known), "dialogue"):
+        history = [{key: m[key] for key in ("role", "content", "output_ids") if m.get(key) is not None}
+                   for m in record["dialogue_history"]]
         yield {"task": Task.from_record(record["task"], where).to_record(), "dialogue_history": history,
-               "reward": float(reward)}
+               "reward": float(record["reward"])}
 
 
 # ------------------------------------------------------------------ dialogue
@@ -127,7 +105,7 @@ class DialogueEnv:
 
     def reset(self, task):
         self.task, self.answer, self.turns = task, None, 0
-        self.messages = [{"role": "user", "content": self.instructions + task.problem_description}]
+        self.messages = [{"role": "user", "content": clean(self.instructions + task.problem_description)}]
         return self.messages
 
     def step(self, action, **extra):
@@ -145,7 +123,7 @@ class DialogueEnv:
 
     def observe(self, reply):
         """Append the human's reply and return what the agent sees next."""
-        self.messages.append({"role": "user", "content": reply})
+        self.messages.append({"role": "user", "content": clean(reply)})
         return self.messages
 
 
@@ -158,8 +136,9 @@ FIXED_DATE = ('{% macro strftime_now(form) %}{{ form.replace("%d", "26").replace
 
 @functools.lru_cache(maxsize=8)
 def _scaffold(tokenizer):
-    """What the chat template writes around messages, as token ids: (before the first one, from the human's to the
-    agent's turn, from the agent's to the human's), and the id of the end of an agent's turn.
+    """What the chat template writes around messages: before the first one (token ids, text), from the human's to the
+    agent's turn (text, token ids), from the agent's to the human's (token ids, text), and the id of the end of an
+    agent's turn. The texts stand next to the human's message, up to a control token, and are encoded with it.
 
     The template is rendered once, on two turns with a placeholder for each content, so contents can never be mistaken
     for template, nor be trimmed or stripped by it. From the human's to the agent's turn is taken at the last turn,
@@ -182,14 +161,36 @@ def _scaffold(tokenizer):
         opening = prompt  # white space in front of a turn is for the agent to write, or not
     else:
         print(f"note: the chat template asks for a turn with {prompt!r} but writes one with {opening!r}: using this")
-    parts = (before, opening, between.lstrip(), after.lstrip() or between.lstrip())
-    before, opening, between, after = (tokenizer.encode(part, add_special_tokens=False) for part in parts)
+    between, after = between.lstrip(), after.lstrip() or between.lstrip()
+
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False)
+    _check_ends(tokenizer, *map(encode, (before, opening, between, after)))
+    _, end = _control_span(tokenizer, before)
+    before = encode(before[:end]), before[end:]
+    start, _ = _control_span(tokenizer, opening)
+    opening = opening[:start], encode(opening[start:])
+    _, end = _control_span(tokenizer, between)
+    between = encode(between[:end]), between[end:]
+    return before, opening, between, encode(after)[0]
+
+
+def _check_ends(tokenizer, before, opening, between, after):
+    """ValueError unless the template's pieces, as token ids, say where the agent's turns end."""
     control = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     if not after or after[0] not in control:
         raise ValueError("the chat template ends an agent's turn without a control token that could stop sampling")
     if between[:1] != after[:1] and not {*between[:1]} & {*opening[:1]} & (control - {*before[:2]}):
         raise ValueError("the chat template ends an agent's earlier turns in another way than its last one")
-    return before, opening, between, after[0]
+
+
+def _control_span(tokenizer, piece):
+    """Where the first control token of a piece begins and the last one ends; without one, (its length, 0). White space
+    that a control token takes in belongs to it."""
+    tokens = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: -len(token.content))
+    names = [r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip for token in tokens]
+    spans = [match.span() for match in re.finditer("|".join(names), piece) if match[0]]
+    return (spans[0][0], spans[-1][1]) if spans else (len(piece), 0)
 
 
 @functools.lru_cache(maxsize=8)
@@ -200,10 +201,16 @@ def _text_tokenizer(tokenizer):
     return plain
 
 
+@functools.lru_cache(maxsize=8)
+def known_ids(tokenizer):
+    """The ids of all tokens. A vocabulary may have gaps, and a model's logits may go on behind it."""
+    return frozenset(tokenizer.get_vocab().values())
+
+
 @functools.lru_cache(maxsize=2 ** 16)
 def encode_text(tokenizer, text):
     """Token ids of a message's text. What looks like a control token is encoded as text: nobody can forge a turn."""
-    return tuple(_text_tokenizer(tokenizer)(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+    return tuple(_text_tokenizer(tokenizer)(clean(text), add_special_tokens=False, split_special_tokens=True).input_ids)
 
 
 def end_of_turn(tokenizer):
@@ -233,24 +240,34 @@ def render(tokenizer, messages, reference=None):
     the tokens it came from), and where they stop without an end-of-turn token the template's own one is context, not
     the agent's. With messages that end in a user turn, the ids end where the agent's next turn begins. With a
     reference, the first message starts with `REFERENCE_PREFIX`: the critic's view; the ids of the turns do not
-    change. The past is never rewritten, even by templates that would (drop its reasoning, end it in another way): what
-    the agent read and wrote stays, so that the ids of a dialogue's beginning are the beginning of its ids. ValueError
+    change.
+
+    A human's message is encoded as one text with what the template writes next to it: a tokenizer may have one token
+    for the template's line break and those that the message begins with. So the ids up to the agent's turn are those
+    of the whole text. In front of the agent's turn a token always ends, because sampling begins there.
+
+    The past is never rewritten, even by templates that would (drop its reasoning, end it in another way): what the
+    agent read and wrote stays, so that the ids of a dialogue's beginning are the beginning of its ids. ValueError
     where a template cannot be used so.
     """
-    before, opening, between, eot = _scaffold(tokenizer)
-    input_ids, turn_ids = list(before), [0] * len(before)
+    before, (back, opening), between, eot = _scaffold(tokenizer)
+    input_ids, turn_ids, action = [], [], []
     for i, message in enumerate(messages):
         if message["role"] != ("user", "assistant")[i % 2]:
             raise ValueError(f"message {i + 1} is of {message['role']!r}; expected user and assistant in turn")
         if i % 2:
-            ids, turn = action_tokens(tokenizer, message), i // 2 + 1
-            after = [] if i == len(messages) - 1 else between[1:] if ids[-1:] == [eot] else between
-        else:
-            prefix = REFERENCE_PREFIX.format(reference=reference) if reference is not None and i == 0 else ""
-            ids = encode_text(tokenizer, prefix) + encode_text(tokenizer, message["content"])
-            after, turn = opening, 0
-        input_ids += [*ids, *after]
-        turn_ids += [turn] * len(ids) + [0] * len(after)
+            action = action_tokens(tokenizer, message)
+            input_ids += action
+            turn_ids += [i // 2 + 1] * len(action)
+            continue
+        head, front = between if i else before
+        if action[-1:] == [eot]:
+            head = head[1:]  # the agent has ended its turn
+        if i == 0 and reference is not None:
+            front += REFERENCE_PREFIX.format(reference=reference)
+        context = [*head, *encode_text(tokenizer, front + message["content"] + back), *opening]
+        input_ids += context
+        turn_ids += [0] * len(context)
     return input_ids, turn_ids
 
 
