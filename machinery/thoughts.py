@@ -20,17 +20,14 @@ CLOSING = re.compile(rf"""<\s?/\s?{TAG}> | <\s?{TAG}/\s?>  # <think/> is a thoug
     | (?-i:\[/THINK\]) | ◁/think▷ | <\|/{NAME}\|> | <\|end_(?:of_)?{NAME}\|> | <channel\|>
     | <\|channel\|>\s?final\b[^<]{{0,99}}(?:<\|constrain\|>[^<]{{0,99}})?<\|message\|> | assistantfinal""", re.I | re.X)
 OPENING = re.compile(rf"""<\s?{TAG}> | (?-i:\[THINK\]) | ◁think▷ | <\|{NAME}\|> | <\|(?:start|begin)_(?:of_)?{NAME}\|>
-    | <\|channel> | <\|channel\|> | \A\s?(?-i:analysis(?=[A-Z"'])) | <\|(?:end|return|start)\|>""", re.I | re.X)
-MARK = re.compile("think|thought|reason|reflect|channel|message", re.I)  # is in every special token that marks a thought
-
-
-def opens_thought(text):
-    """Whether a thought that begins in this text goes on behind it."""
-    return bool(OPENING.search(CLOSING.split(text)[-1]))
+    | <\|channel> | <\|channel\|> | \A\s?(?-i:analysis(?=[A-Z"']))""", re.I | re.X)
+OPEN_AT_END = re.compile(rf"(?:{OPENING.pattern})\s*\Z", re.I | re.X)
+MARK = re.compile("think|thought|reason|reflect|channel|message", re.I)  # special tokens that may mark a thought
 
 
 def spoken(text):
-    """What stands behind the thoughts of a reply. A thought ends where its mark says so, even if it began in the prompt;
-    one without an end was cut off, and all of it is thought. "" if there is nothing but thought."""
+    """What stands behind the thoughts of a reply; "" if nothing does. A thought ends where its mark says so, even if it
+    began in the prompt; one without an end was cut off, and all that follows is thought."""
     behind = CLOSING.split(text)[-1]
-    return OPENING.split(behind)[0].strip()
+    said = OPENING.split(behind)[0]
+    return re.split(r"<\|(?:end|return|start)\|>", said)[0].strip()
