@@ -16,14 +16,21 @@ class Greedy:
     EOS; both end a reply."""
 
     def __init__(self, model, tokenizer, eot, max_tokens):
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
         eos = model.generation_config.eos_token_id
-        ends = {eot, tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        # the model's own too: what is not set in the one that is passed would be taken from it
-        self.config = model.generation_config = GenerationConfig(
-            do_sample=False, max_new_tokens=max_tokens, pad_token_id=eot, eos_token_id=sorted(ends))
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        special |= {*tokenizer.all_special_ids, *ends}
+        ends = {eot, tokenizer.eos_token_id}
+        ends.update(eos if isinstance(eos, list) else [eos])
+        ends.discard(None)
+        self.config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            pad_token_id=eot,
+            eos_token_id=sorted(ends),
+        )
+        model.generation_config = self.config  # what is not set in the one that is passed would come from the model's
+        special = ends.union(tokenizer.all_special_ids)
+        special.update(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self.unsaid = {i for i in special if not MARK.search(tokenizer.decode([i]))}
 
     def decode(self, ids):
@@ -34,5 +41,6 @@ class Greedy:
         """The text that follows these token ids, behind the mark of a thought if they end with one."""
         prompt = torch.tensor([ids], device=self.model.device)
         out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=self.config)
+        text = self.decode(out[0, len(ids):].tolist())
         begun = OPEN_AT_END.search(self.decode(ids[-32:]))  # some templates begin a turn with a thought
-        return (begun[0] if begun else "") + self.decode(out[0, len(ids):].tolist())
+        return begun[0] + text if begun else text

@@ -41,10 +41,10 @@ def text_of(content):
     """The text of a message's content: a string, null, or a list of parts, of which the texts count. TypeError for
     anything else."""
     if isinstance(content, list):
-        parts = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in content]
+        parts = [part if isinstance(part, dict) else {"text": part} for part in content]
         texts = [part.get("text") for part in parts if part.get("type", "text") in ("text", "output_text")]
         return "".join(text for text in texts if isinstance(text, str))
-    if not isinstance(content or "", str):
+    if content is not None and not isinstance(content, str):
         raise TypeError(f"the content is no text but {type(content).__name__}")
     return content or ""
 
@@ -103,8 +103,8 @@ class Endpoint:
         if served is None and self.status in (0, 401, 403):  # any other answer shows that somebody is there
             raise InputError(f"{url}: {self.gone}")
         if not cfg.model and len(served or ()) != 1:
-            raise InputError(f"{url}: which model? It lists {served or self.gone or 'none'}; name one with "
-                             "--human-model")
+            known = f"It lists {served or 'none'}" if self.gone is None else self.gone
+            raise InputError(f"{url}: which model? {known}; name one with --human-model")
         self.model, self.gone = cfg.model or served[0], None
 
     @contextlib.contextmanager

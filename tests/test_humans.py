@@ -79,7 +79,7 @@ def test_content_in_parts_is_the_text_of_its_parts(proxied, content):
 
 @pytest.mark.parametrize("kind", [k for k in Proxy.FAULTS if k not in ("cut", "cut short")] + [
     {"choices": []}, {"choices": None}, {"choices": [{"message": None}]}, {"choices": "text"}, said(5),
-    said({"a": "b"})])
+    said(0), said({}), said({"type": "text"})])
 def test_every_fault_that_may_pass_is_asked_again(proxied, kind):
     asked = []
 
@@ -183,20 +183,20 @@ def test_the_time_limit_is_for_the_whole_request(proxied):
     human, threads = EndpointHuman(proxied(fault).url, Server(model="m", timeout=0.6)), set(threading.enumerate())
     begin = time.monotonic()
     assert human.reply([TASK], [dialogue()]) == ["in time"]
-    assert 0.6 < time.monotonic() - begin < 2.5 and len(asked) == 2
+    assert 0.6 < time.monotonic() - begin < 5.0 and len(asked) == 2
     assert not [t for t in set(threading.enumerate()) - threads if "process_request" not in t.name]
     while not ended:
         time.sleep(0.05)
-    assert ended[0] < 3.0
+    assert ended[0] < 5.0
 
 
-@pytest.mark.parametrize("fault", [dribble(6.0), lambda handler: time.sleep(3), raw(200, "x" * 10)])
+@pytest.mark.parametrize("fault", [dribble(12.0), lambda handler: time.sleep(6), raw(200, "x" * 10)])
 def test_a_server_that_is_always_late_is_gone(proxied, fault):
     proxy = proxied(lambda _, body: fault if body else said(""))
     human = EndpointHuman(proxy.url, Server(model="m", timeout=0.3, retries=1))
     begin = time.monotonic()
     assert human.reply([TASK] * 3, [dialogue()] * 3) == [None] * 3
-    assert time.monotonic() - begin < 2.0 and ("0.3 seconds" in human.endpoint.gone or "xxxxx" in human.endpoint.gone)
+    assert time.monotonic() - begin < 5.0 and ("0.3 seconds" in human.endpoint.gone or "xxxxx" in human.endpoint.gone)
 
 
 def test_requests_in_flight_are_bounded_and_many(proxied):
@@ -278,7 +278,7 @@ def test_hostile_text_takes_no_time():
     begin = time.monotonic()
     for text in ("<think ", "<", "< ", "_", "a:", "<think" + " " * 99, "<|channel|>final", "<think a=", "</think"):
         spoken(text * 20000)
-    assert time.monotonic() - begin < 5.0
+    assert time.monotonic() - begin < 15.0
 
 
 def test_a_servers_thought_is_gone_before_the_cut(proxied, capsys):
