@@ -22,6 +22,7 @@ import sys
 from env import end_of_turn, render
 from machinery.files import InputError, forgive
 from machinery.server import Endpoint, Server
+from machinery.thoughts import spoken
 
 NO_PREFERENCE = "I have no preference."  # stands in for a reply that a model left empty or refused
 ROLE = """You are a person who has asked an assistant to write a function. You know exactly what you want: it is this \
@@ -44,6 +45,14 @@ def cut(text, task):
     """A reply as the official environment cuts it: 400 characters where the solution is a function, 1000 where it is a
     page."""
     return text.strip()[:1000 if task.ground_truth.lstrip().startswith("<") else 400]
+
+
+def say(texts, tasks, silence=NO_PREFERENCE):
+    """What a language model's texts (None: there is none) say to the agent, or `silence`: cut, without thoughts."""
+    replies = [text and cut(spoken(text), task) for text, task in zip(texts, tasks)]
+    if "" in replies:
+        print(f"note: {replies.count('')} replies were empty or refused, or just thoughts: {silence!r} stands in")
+    return [silence if reply == "" else reply for reply in replies]
 
 
 class Human:
@@ -94,21 +103,14 @@ class ModelHuman(Human):
     """A causal language model from a Hugging Face directory or name, decoded greedily, one dialogue after the other."""
 
     def __init__(self, path, machine=None, max_tokens=128):
+        from machinery.greedy import Greedy
         from machinery.train import load_model
         self.model, self.tokenizer = load_model(path, machine)
-        self.max_tokens = max_tokens
+        self.greedy = Greedy(self.model, self.tokenizer, end_of_turn(self.tokenizer), max_tokens)
 
     def reply(self, tasks, dialogues):
-        import torch
-        replies, eot = [], end_of_turn(self.tokenizer)  # often not the model's EOS
-        for task, dialogue in zip(tasks, dialogues):
-            ids, _ = render(self.tokenizer, prompt_for(task, dialogue))
-            with torch.no_grad():
-                out = self.model.generate(torch.tensor([ids], device=self.model.device), max_new_tokens=self.max_tokens,
-                                          do_sample=False, eos_token_id=eot, pad_token_id=eot)
-            text = self.tokenizer.decode(out[0, len(ids):], skip_special_tokens=True)
-            replies.append(cut(text, task) or NO_PREFERENCE)
-        return replies
+        prompts = [render(self.tokenizer, prompt_for(*pair))[0] for pair in zip(tasks, dialogues)]
+        return say([self.greedy.complete(ids) for ids in prompts], tasks)
 
 
 class EndpointHuman(Human):
@@ -119,12 +121,10 @@ class EndpointHuman(Human):
         self.url, self.endpoint = url, Endpoint(url, cfg)
 
     def reply(self, tasks, dialogues):
-        replies = self.endpoint.complete([self.conversation(*pair) for pair in zip(tasks, dialogues)])
-        if "" in replies:
-            print(f"note: {replies.count('')} replies were empty or refused: {self.silence!r} stands for them")
-        if None in replies:
+        texts = self.endpoint.complete([self.conversation(*pair) for pair in zip(tasks, dialogues)])
+        if None in texts:
             print(f"note: {self.url} does not reply any more: {self.endpoint.gone}", file=sys.stderr)
-        return [text if text is None else cut(text, task) or self.silence for text, task in zip(replies, tasks)]
+        return say(texts, tasks, self.silence)
 
 
 def make_human(spec, respond=None, seed=0, cfg=None, machine=None):

@@ -8,8 +8,14 @@ for good, everybody stops asking, so that the caller can keep what is finished.
 
 Used by `simulator.EndpointHuman`. Exercised by `python -m pytest tests/test_humans.py`.
 """
+import asyncio
+import concurrent.futures
+import contextlib
+import json
 import os
 import random
+import re
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,9 +32,46 @@ class Server:
     """The human behind a URL."""
     model: str = arg("", "the model to ask for (default: the only one that the server lists)")
     parallel: int = arg(16, "requests in flight at most")
-    timeout: float = arg(60.0, "seconds until a request counts as lost")
+    timeout: float = arg(60.0, "seconds until a request without a whole answer counts as lost")
     retries: int = arg(8, "further tries of a request that failed; then the server counts as gone", least=0)
     max_tokens: int = arg(128, "tokens of a reply at most")
+
+
+def text_of(content):
+    """The text of a message's content: a string, null, or a list of parts, of which the texts count. TypeError for
+    anything else."""
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {"text": part} for part in content]
+        texts = [part.get("text") for part in parts if part.get("type", "text") in ("text", "output_text")]
+        return "".join(text for text in texts if isinstance(text, str))
+    if content is not None and not isinstance(content, str):
+        raise TypeError(f"the content is no text but {type(content).__name__}")
+    return content or ""
+
+
+def listed(body):
+    """The names in a server's list of models."""
+    return [model["id"] for model in body["data"]]
+
+
+def said(body):
+    """What the model says in a server's answer: "" if nothing, or if it refused."""
+    message = body["choices"][0]["message"]
+    return "" if message.get("refusal") else text_of(message.get("content")).strip()
+
+
+def words_of(text):
+    """What a server says in the body of an error: its message, wherever it puts it, or else all of the text."""
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        page = text.lstrip().startswith("<")  # of a proxy
+        return re.sub(r"(?is)<(style|script)\b.*?</\1>|<[^>]*>", " ", text) if page else text
+    for key in ("message", "detail", "error"):
+        if isinstance(body, dict) and body.get(key):
+            inner = body[key]
+            return words_of(inner if isinstance(inner, str) else json.dumps(inner))
+    return json.dumps(body, ensure_ascii=False)
 
 
 class Endpoint:
@@ -44,19 +87,57 @@ class Endpoint:
             import openai
         except ImportError:
             raise InputError(f"{url}: needs the client of such servers: pip install openai") from None
-        parts = urlsplit(url)
-        if not parts.hostname or parts.username or parts.password or parts.query:
+        try:
+            parts = urlsplit(url)
+            plain = parts.port != 0 and parts.hostname and not (parts.username or parts.password or parts.query)
+        except ValueError:  # a port that is no number
+            plain = False
+        if not plain:
             raise InputError("a server's URL should be like http://host:8000/v1, without a key: keys go into the "
                              "environment variable OPENAI_API_KEY")
-        self.openai, self.cfg, self.jitter = openai, cfg, random.Random(0)
-        self.key, self.gone, self.status = os.environ.get("OPENAI_API_KEY") or "none", None, 0
-        self.client = openai.OpenAI(base_url=url, api_key=self.key, max_retries=0, timeout=cfg.timeout)
-        served = self._try(lambda: [model.id for model in self.client.models.list().data], 3, patient=not cfg.model)
+        self.url, self.openai, self.cfg, self.jitter = url, openai, cfg, random.Random(0)
+        self.key, self.gone, self.status = os.environ.get("OPENAI_API_KEY"), None, 0
+        with self._online():
+            served = self._try(lambda: self._read(self.client.models.with_raw_response.list(), listed), 3,
+                               patient=not cfg.model)
         if served is None and self.status in (0, 401, 403):  # any other answer shows that somebody is there
             raise InputError(f"{url}: {self.gone}")
         if not cfg.model and len(served or ()) != 1:
-            raise InputError(f"{url}: which model? It lists {served or 'none'}; name one with --human-model")
+            known = f"It lists {served or 'none'}" if self.gone is None else self.gone
+            raise InputError(f"{url}: which model? {known}; name one with --human-model")
         self.model, self.gone = cfg.model or served[0], None
+
+    @contextlib.contextmanager
+    def _online(self):
+        """While it lasts, requests can be sent: a client, and the event loop of its requests in a thread of its own. (A
+        request in an event loop can be given up at any moment; one in a thread ends when the server likes.)"""
+        self.client = self.openai.AsyncOpenAI(base_url=self.url, api_key=self.key or "none", max_retries=0,
+                                              timeout=None)
+        self.loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            asyncio.run_coroutine_threadsafe(self.client.close(), self.loop).result()
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            thread.join()
+            self.loop.close()
+
+    def _read(self, request, parse):
+        """parse(the JSON value that answers a request). OpenAIError if it is not there, whole, in time: the request is
+        dropped then, with its connection. ValueError if it is of another form."""
+        future = asyncio.run_coroutine_threadsafe(request, self.loop)
+        try:
+            text = future.result(self.cfg.timeout).http_response.text
+        except concurrent.futures.TimeoutError:
+            raise self.openai.OpenAIError(f"no whole answer within {self.cfg.timeout:g} seconds") from None
+        finally:
+            future.cancel()
+        try:
+            return parse(json.loads(text))
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise ValueError(f"an answer of another form ({error!r}): {words_of(text)}") from None
 
     def _try(self, ask, retries, patient=True):
         """ask(), again while it fails in a way that may pass; None, and the reason in self.gone, if it failed for
@@ -66,28 +147,31 @@ class Endpoint:
                 return None
             try:
                 return ask()
-            except (self.openai.OpenAIError, ValueError, TypeError, AttributeError, IndexError) as error:
-                # 0: nobody answered; 200: the body is cut off or of another shape
-                status = getattr(error, "status_code", 0 if isinstance(error, self.openai.OpenAIError) else 200)
-                text = f"{type(error).__name__}: {error}"
+            except (self.openai.OpenAIError, ValueError) as error:
                 if getattr(error, "code", None) == "content_filter":  # how some providers refuse
                     return ""
+                # 0: nobody answered; 200: the body is cut off or of another form
+                status = getattr(error, "status_code", 200 if isinstance(error, ValueError) else 0)
+                response = getattr(error, "response", None)
+                words = error if response is None else f"{status} {words_of(response.text)}"
+                reason = f"{type(error).__name__}: {words}"
             passing = status < 400 or patient and (status >= 500 or status in (408, 409, 429))
             if not passing or attempt == retries:
                 break
             time.sleep(min(30.0, PAUSE * 2 ** attempt) * (0.5 + 0.5 * self.jitter.random()))
-        self.status, self.gone = status, " ".join(text.replace(self.key, "***").split())[:300]
+        if self.key:
+            reason = reason.replace(self.key, "***")
+        self.status, self.gone = status, " ".join(reason.split())[:300]
         return None
 
     def _complete(self, messages):
         def ask():
-            message = self.client.chat.completions.create(
-                model=self.model, messages=messages, max_tokens=self.cfg.max_tokens, temperature=0.0).choices[0].message
-            return "" if message.refusal else (message.content or "").strip()
+            return self._read(self.client.chat.completions.with_raw_response.create(
+                model=self.model, messages=messages, max_tokens=self.cfg.max_tokens, temperature=0.0), said)
         return self._try(ask, self.cfg.retries)
 
     def complete(self, conversations):
         """The model's message after each conversation (a list of messages): "" if it was empty or refused, None if the
         server is gone, with the reason in `.gone`."""
-        with ThreadPoolExecutor(self.cfg.parallel) as pool:
+        with self._online(), ThreadPoolExecutor(self.cfg.parallel) as pool:
             return list(pool.map(self._complete, conversations))

@@ -171,7 +171,8 @@ def server(tmp_path_factory):
 class Proxy:
     """Stands between a client and a server on loopback and spoils a share of the requests, by a seeded draw each.
 
-    fault(number of the request, its body) -> None or the name of a fault. `.log` holds (fault, body) of each request,
+    fault(number of the request, its body) -> None, the name of a fault, an answer of its own (a dictionary), or a
+    function of the handler that answers in its own way. `.log` holds (fault, body) of each request,
     `.busy` the largest number of requests at a time.
     """
 
@@ -221,6 +222,8 @@ class Proxy:
             handler.connection.close()
             handler.close_connection = True
             return
+        if callable(kind):
+            return kind(handler)
         if kind == "delay":
             time.sleep(self.delay)
         status, answer = 200, b""

@@ -174,7 +174,8 @@ def test_a_model_that_sees_gets_both_pictures():
         def do_POST(self):
             asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             body = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [
-                {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Redder. " * 300}}]})
+                {"index": 0, "finish_reason": "stop", "message": {
+                    "role": "assistant", "content": "<think>" + 999 * "<h1>" + "</think>" + 300 * "Redder. "}}]})
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.end_headers()

@@ -3,16 +3,19 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from conftest import Proxy, free_port, save_model, three_in_ten
+import torch
+from conftest import CHAT, Proxy, free_port, save_model, three_in_ten
 
 import machinery.server
-from env import Task
+from env import Task, end_of_turn, render
 from machinery.files import InputError, read_jsonl
 from machinery.server import Server
+from machinery.thoughts import spoken
 from simulator import NO_PREFERENCE, EndpointHuman, ModelHuman, make_human, prompt_for
 from worlds import backend as world
 
@@ -54,15 +57,29 @@ def test_replies_are_cut_as_the_official_environment_cuts_them(proxied):
 
 
 @pytest.mark.parametrize("answer", [said(""), said(None), said(" \n"), said(None, refusal="I cannot help with that."), {
-    "status": 400, "error": {"code": "content_filter", "message": "filtered"}}])
+    "status": 400, "error": {"code": "content_filter", "message": "filtered"}}, said([]), said([{"type": "reasoning"}]),
+    said(None, tool_calls=[{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]),
+    said("", reasoning_content="SECRET"), said("<think>SECRET"), said("<think>SECRET</think> ")])
 def test_an_empty_or_refused_reply_counts_as_no_preference(proxied, capsys, answer):
     proxy = proxied(lambda *_: dict(answer))
     assert EndpointHuman(proxy.url, Server(model="m")).reply([TASK], [dialogue()]) == [NO_PREFERENCE]
     assert "empty or refused" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", [
+    [{"type": "text", "text": "It "}, {"type": "text", "text": "sorts."}], [{"text": "It sorts."}], ["It ", "sorts."],
+    [{"type": "reasoning", "text": "SECRET"}, {"type": "output_text", "text": "It sorts."}, {"type": "text"}],
+    [{"type": "thinking", "thinking": [{"type": "text", "text": "SECRET"}]}, {"type": "text", "text": " It sorts."}],
+    [{"type": "image_url", "image_url": {"url": "data:"}}, {"type": "text", "text": "It sorts."}, None],
+    [{"type": "text", "text": "<think>SEC"}, {"type": "text", "text": "RET</think>It sorts."}]])
+def test_content_in_parts_is_the_text_of_its_parts(proxied, content):
+    proxy = proxied(lambda *_: said(content, reasoning_content="SECRET"))
+    assert EndpointHuman(proxy.url, Server(model="m")).reply([TASK], [dialogue()]) == ["It sorts."]
+
+
 @pytest.mark.parametrize("kind", [k for k in Proxy.FAULTS if k not in ("cut", "cut short")] + [
-    {"choices": []}, {"choices": None}, {"choices": [{"message": None}]}, {"choices": "text"}])
+    {"choices": []}, {"choices": None}, {"choices": [{"message": None}]}, {"choices": "text"}, said(5),
+    said(0), said({}), said({"type": "text"})])
 def test_every_fault_that_may_pass_is_asked_again(proxied, kind):
     asked = []
 
@@ -96,6 +113,90 @@ def test_what_cannot_pass_is_not_asked_again(proxied, status, capsys):
     before = len(proxy.log)
     assert human.reply([TASK] * 40, [dialogue()] * 40) == [None] * 40
     assert len(proxy.log) - before <= 16 and "no such model" in capsys.readouterr().err
+
+
+def raw(status, text, kind="text/plain"):
+    """A fault: an answer whose body is this text."""
+    def answer(handler):
+        handler.send_response(status)
+        handler.send_header("content-type", kind)
+        handler.send_header("content-length", str(len(text.encode())))
+        handler.end_headers()
+        handler.wfile.write(text.encode())
+    return answer
+
+
+@pytest.mark.parametrize("status, text", [
+    (400, '{"error": {"message": "WORDS", "code": 7}}'), (401, '{"error": {"message": "WORDS"}}'),
+    (403, '{"error": "WORDS"}'), (404, '{"object": "error", "message": "WORDS"}'), (404, '{"detail": "WORDS"}'),
+    (404, '{"error": "Not Found", "message": "WORDS"}'), (422, '{"error": null, "detail": [{"msg": "WORDS"}]}'),
+    (500, '{"error": {"message": "{\\"error\\": \\"WORDS\\"}"}}'), (500, '["WORDS"]'), (503, "WORDS"), (400, "WORDS"),
+    (500, "<!doctype html><html><head><title>502</title><style>p{}</style></head>\n<body><p>WORDS</p></body></html>"),
+    (200, '{"error": {"message": "WORDS"}}'), (200, "WORDS"), (200, "<html><body>WORDS</body></html>")])
+def test_a_servers_own_words_reach_the_user_without_the_key(proxied, monkeypatch, capsys, status, text):
+    """At the start and later, shortened, with the key blotted out; of a page, what can be read."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    spoiled = raw(status, text.replace("WORDS", f"no model  m for {KEY}: " + "x" * 999))
+    proxy = proxied(lambda number, _: {"data": [{"id": "m"}]} if number == 0 else spoiled)
+    human = EndpointHuman(proxy.url, Server(retries=0))
+    assert human.reply([TASK], [dialogue()]) == [None]
+    with pytest.raises(InputError) as caught:
+        EndpointHuman(proxy.url, Server())
+    for told in (capsys.readouterr().err, str(caught.value)):
+        assert "no model m for ***: xxx" in told and KEY not in told and len(told) < 500
+        assert "p>" not in told and "p{" not in told and "x>" not in told
+
+
+def test_without_a_key_no_word_is_blotted_out(proxied, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    proxy = proxied(lambda *_: raw(403, "none of your business"))
+    with pytest.raises(InputError, match="none of your business"):
+        EndpointHuman(proxy.url, Server())
+
+
+def dribble(seconds):
+    """A fault: the body, or the lines before it, arrive bit by bit; each bit long before any limit."""
+    def answer(handler):
+        body = json.dumps(said("late")).encode()
+        text = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+        for i in range(20):
+            handler.wfile.write(text[len(text) * i // 20:len(text) * (i + 1) // 20])
+            handler.wfile.flush()
+            time.sleep(seconds / 20)
+    return answer
+
+
+def test_the_time_limit_is_for_the_whole_request(proxied):
+    """A request over its time is lost, as one that fails, and its connection is closed; no thread is left behind."""
+    ended, asked = [], []
+
+    def slowly(handler):
+        begin = time.monotonic()
+        try:
+            dribble(6.0)(handler)
+        finally:
+            ended.append(time.monotonic() - begin)
+
+    def fault(_, body):
+        asked.extend([body] * bool(body))
+        return slowly if body and len(asked) == 1 else said("in time")
+    human, threads = EndpointHuman(proxied(fault).url, Server(model="m", timeout=0.6)), set(threading.enumerate())
+    begin = time.monotonic()
+    assert human.reply([TASK], [dialogue()]) == ["in time"]
+    assert 0.6 < time.monotonic() - begin < 5.0 and len(asked) == 2
+    while not ended or [t for t in set(threading.enumerate()) - threads if "process_request" not in t.name]:
+        assert time.monotonic() - begin < 10.0, threading.enumerate()  # the look-up of the host ends a moment later
+        time.sleep(0.05)
+    assert ended[0] < 5.0
+
+
+@pytest.mark.parametrize("fault", [dribble(12.0), lambda handler: time.sleep(6), raw(200, "x" * 10)])
+def test_a_server_that_is_always_late_is_gone(proxied, fault):
+    proxy = proxied(lambda _, body: fault if body else said(""))
+    human = EndpointHuman(proxy.url, Server(model="m", timeout=0.3, retries=1))
+    begin = time.monotonic()
+    assert human.reply([TASK] * 3, [dialogue()] * 3) == [None] * 3
+    assert time.monotonic() - begin < 5.0 and ("0.3 seconds" in human.endpoint.gone or "xxxxx" in human.endpoint.gone)
 
 
 def test_requests_in_flight_are_bounded_and_many(proxied):
@@ -134,6 +235,136 @@ def test_urls_that_cannot_work_are_one_line(proxied, monkeypatch):
         make_human(proxied(lambda *_: dict(names)).url)
     only = {"object": "list", "data": [{"id": "one", "object": "model"}]}
     assert make_human(proxied(lambda *_: dict(only)).url).endpoint.model == "one"
+
+
+# ------------------------------------------------------------------ thoughts
+
+CHANNEL, FINAL = "<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"
+
+
+@pytest.mark.parametrize("before", [
+    "<think>SECRET</think>", "<think>\nSECRET\n</think>\n\n", "SECRET</think>", "<THINK>SECRET</Think>", "<think/>",
+    "<thinking>SECRET</thinking>", "<thought>SECRET</thought>", "<reasoning>SECRET</reasoning>", "<think></think>\n",
+    '<think type="long" n=2>SECRET</think>', "< think >SECRET< / think >", "<think\n>SECRET</think\n>", "</ think>",
+    "<think>a<think>SECRET</think>SECRET</think>", "<think>SECRET</think>One.<think>SECRET</think>", "<think />",
+    "Well. <think>SECRET</think>", "<think>a < b </b> SECRET</think>", "[THINK]SECRET[/THINK]", "SECRET[/THINK]",
+    "◁think▷SECRET◁/think▷", "<seed:think>SECRET</seed:think>", "<|START_THINKING|>SECRET<|END_THINKING|>",
+    "<|begin_of_thought|>SECRET<|end_of_thought|>", "<|channel>thought\nSECRET<channel|>", CHANNEL + "SECRET" + FINAL,
+    CHANNEL + "SECRET<|end|><|start|>assistant<|channel|>commentary to=f<|message|>SECRET" + FINAL, "SECRET" + FINAL,
+    CHANNEL + "SECRET<|channel|>final <|constrain|>json<|message|>", "analysisWe need SECRETassistantfinal"])
+def test_what_stands_behind_a_thought_counts(before):
+    assert spoken(before + "It sorts.\n") == "It sorts."
+    for after in ("<think>SECRET", "\n[THINK]SECRET", "<thinking>", "◁think▷SECRET", CHANNEL + "SECRET", "<|return|>"):
+        assert spoken(before + "It sorts." + after) == "It sorts."
+    assert spoken(before) == ""
+
+
+@pytest.mark.parametrize("text", [
+    "<think>SECRET", "<think>SECRET</thi", "<thinking>SECRET", "[THINK]SECRET", "◁think▷SECRET", CHANNEL + "SECRET",
+    "<|START_THINKING|>SECRET", "analysisWe need SECRET", "<think>a</think><think>SECRET", "<think>a<think>SECRET"])
+def test_a_thought_that_was_cut_off_says_nothing(text):
+    assert spoken(text) == ""
+
+
+@pytest.mark.parametrize("text", [
+    "I think so.", "if a < b and c > d, think", "a < thought and b > c", "My thinking: it sorts.", "analysis of a list",
+    "<html><body class='think'><h1>x</h1></body></html>", "It is <b>red</b>, I think.", "<thinker>", "List[Think]",
+    "<thought-bubble>x</thought-bubble>", "It returns '[reason]' or '<reason>'.", "a<think", "<p data-x='think'>y</p>"])
+def test_words_about_thinking_stay(text):
+    assert spoken(text) == text
+
+
+def test_hostile_text_takes_no_time():
+    begin = time.monotonic()
+    for text in ("<think ", "<", "< ", "_", "a:", "<think" + " " * 99, "<|channel|>final", "<think a=", "</think"):
+        spoken(text * 20000)
+    assert time.monotonic() - begin < 15.0
+
+
+def test_a_servers_thought_is_gone_before_the_cut(proxied, capsys):
+    proxy = proxied(lambda *_: said("<think>" + "SECRET " * 200 + "</think>" + "x" * 5000))
+    assert EndpointHuman(proxy.url, Server(model="m")).reply([TASK, PAGE], [dialogue()] * 2) == ["x" * 400, "x" * 1000]
+    assert capsys.readouterr().out == ""
+
+
+OPEN = CHAT.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif").replace(
+    "m['role'] + '\n' +", "m['role'] + ('\n<think>\n' if m['role'] == 'assistant' else '\n') +")
+
+
+@pytest.mark.parametrize("marks", ["special", "plain", "letters"])
+@pytest.mark.parametrize("template", [CHAT, OPEN])
+def test_a_local_models_thoughts_are_its_own(tmp_path, monkeypatch, capsys, marks, template):
+    """Whether its marks are special tokens, added ones or letters, and where the template begins the thought."""
+    control = ("<|im_start|>", "<|im_end|>", "<|endoftext|>") + ("<think>", "</think>") * (marks == "special")
+    human = ModelHuman(save_model(tmp_path, template=template, control=control,
+                                  plain=("<think>", "</think>") * (marks == "plain")))
+    texts = ["<think>SECRET</think>\nIt sorts.<|im_end|>", "SECRET</think>It sorts.<|im_end|>", "<think>SECRET",
+             "<think>SECRET</think><|im_end|>", "SECRET" if template == OPEN else "It sorts.<|im_end|>"]
+
+    def generate(prompt, **_):
+        out = human.tokenizer.encode(texts[len(asked)], add_special_tokens=False)
+        asked.append(prompt)
+        return torch.tensor([prompt[0].tolist() + out])
+    asked = []
+    monkeypatch.setattr(human.model, "generate", generate)
+    last = NO_PREFERENCE if template == OPEN else "It sorts."
+    agent = dialogue("Is <think> a tag?")  # of the agent's, not of this model's
+    assert human.reply([TASK] * 5, [agent] * 5) == ["It sorts.", "It sorts.", NO_PREFERENCE, NO_PREFERENCE, last]
+    assert "3 replies" in (out := capsys.readouterr().out) or template == CHAT and "2 replies" in out
+
+
+# ------------------------------------------------------------------ greedy
+
+@pytest.fixture(scope="module")
+def plain_model(tmp_path_factory):
+    """(its folder, the ids of a prompt, what an own loop of argmax makes of them)"""
+    folder = tmp_path_factory.mktemp("greedy")
+    human = ModelHuman(save_model(folder, seed=11))
+    prompt, _ = render(human.tokenizer, prompt_for(TASK, dialogue()))
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(16):
+            ids.append(int(human.model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return folder, prompt, ids[len(prompt):]
+
+
+@pytest.mark.parametrize("default", [
+    {"repetition_penalty": 2.0}, {"no_repeat_ngram_size": 1}, {"num_beams": 4}, {"num_beams": 3, "length_penalty": 9.0},
+    {"suppress_tokens": "FIRST"}, {"begin_suppress_tokens": "FIRST"}, {"bad_words_ids": ["FIRST"]}, {"max_time": 1e-9},
+    {"sequence_bias": [["FIRST", -99.0]]}, {"forced_bos_token_id": 7}, {"forced_eos_token_id": 8},
+    {"exponential_decay_length_penalty": [1, 9.0]}, {"do_sample": True, "temperature": 9.0, "top_p": 0.9},
+    {"return_dict_in_generate": True}, {"prompt_lookup_num_tokens": 2}, {"use_cache": False}, {"max_length": 3},
+    {"stop_strings": "="}])
+def test_a_local_model_takes_its_likeliest_tokens(plain_model, monkeypatch, recwarn, caplog, default):
+    """Whatever its generation_config.json says: exactly the tokens of a loop of argmax, and no warning."""
+    folder, prompt, ids = plain_model
+    default = json.loads(json.dumps(default).replace('"FIRST"', json.dumps(ids[:1])))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 258, **default}))
+    human, made = ModelHuman(str(folder), max_tokens=16), []
+    generate = human.model.generate
+    monkeypatch.setattr(human.model, "generate", lambda *args, **kw: made.append(generate(*args, **kw)) or made[-1])
+    reply, = human.reply([TASK], [dialogue()])
+    assert made[0][0].tolist() == prompt + ids
+    assert reply == human.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert not recwarn.list and not caplog.records
+
+
+@pytest.mark.parametrize("eos", [None, 70, [70, 71], [258]])
+def test_a_local_model_stops_at_the_end_of_a_turn_and_at_its_own(plain_model, monkeypatch, eos):
+    folder, prompt, ids = plain_model
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos, "min_new_tokens": 9}))
+    human = ModelHuman(str(folder), max_tokens=16)
+    own = eos if isinstance(eos, list) else [eos]
+    generate, head, made = human.model.generate, human.model.lm_head.weight, []
+    monkeypatch.setattr(human.model, "generate", lambda *args, **kw: made.append(generate(*args, **kw)) or made[-1])
+    for stop in {end_of_turn(human.tokenizer), human.tokenizer.eos_token_id, *own} - {None}:
+        with torch.no_grad():
+            kept = head[stop].clone()
+            head[stop] = 2 * head[ids[2]]  # from now on likelier than the third token
+            human.reply([TASK], [dialogue()])
+            head[stop] = kept
+        new = made[-1][0, len(prompt):].tolist()
+        assert new[-1] == stop and stop not in new[:-1] and len(new) < 9
 
 
 # ------------------------------------------------------------------ a real server
