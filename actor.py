@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 
 from env import INSTRUCTIONS, DialogueEnv, Task
-from env import action_tokens, check_messages, control_tokens, end_of_turn, grade, render
-from machinery.files import InputError, read_jsonl
+from env import action_tokens, control_tokens, end_of_turn, grade, known_ids, render
+from machinery.files import InputError
+from machinery.schema import outside_state, read_records
 from machinery.train import arg, check_context, fit
 from kernels.logprob import add_reference, agent_tokens, lay_out, turn_logprobs
 from kernels.prefix import branches
@@ -225,17 +226,9 @@ def read_candidates(tokenizer, path):
     """The same from a file of turns that were sampled elsewhere: texts, or {"content"} with or without "output_ids" and
     "count". InputError on anything else."""
     states = []
-    for number, state in read_jsonl(path, ("task", "messages", "candidates")):
-        check_messages(state["messages"], f"{path}, line {number}: field 'messages'")
+    for _, state in read_records(path, outside_state(known_ids(tokenizer)), "state"):
         turns = [{"content": turn} if isinstance(turn, str) else turn for turn in state["candidates"]]
-        for turn in turns:
-            ids, n = (turn.get("output_ids", []), turn.get("count", 1)) if isinstance(turn, dict) else (None, 0)
-            ids_fit = isinstance(ids, list) and all(type(i) is int and 0 <= i < len(tokenizer) for i in ids)
-            if not (ids_fit and type(n) is int and n > 0 and isinstance(turn.get("content"), str)):
-                raise InputError(f"{path}, line {number}: field 'candidates' should hold texts, or 'content' (text), "
-                                 "perhaps 'output_ids' (of the model's vocabulary) and 'count' (1 or more); holds "
-                                 f"{turn!r:.80}")
-        repeated = [action_tokens(tokenizer, turn) for turn in turns for _ in range(turn.get("count", 1))]
+        repeated = [action_tokens(tokenizer, turn) for turn in turns for _ in range(turn.get("count") or 1)]
         states.append({**state, "candidates": distinct(tokenizer, repeated)})
     return states
 

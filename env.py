@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from jinja2 import TemplateError
 from tokenizers import AddedToken
 
-from machinery import sandbox
-from machinery.files import InputError, read_jsonl
+from machinery import sandbox, schema
+from machinery.files import clean
 
 ANSWER_MARKER = "I WANT TO ANSWER:"
 REFERENCE_PREFIX = "In light that the final answer is: {reference}.\n"  # how the critic reads c: a data format
@@ -52,7 +52,8 @@ class Task:
     @property
     def hidden_information(self):
         """What the human knows (some copies of ColBench carry it; otherwise the reference itself)."""
-        return self.extra.get("hidden_information", self.ground_truth)
+        known = self.extra.get("hidden_information") or ""
+        return known if known.strip() else self.ground_truth
 
     def to_record(self):
         return {"problem_description": self.problem_description, "ground_truth": self.ground_truth,
@@ -62,52 +63,29 @@ class Task:
     def from_record(cls, record, where="task", optional=("test_cases",)):
         """Read ColBench's record. InputError, naming `where`, when a field is missing, empty or of the wrong
         kind."""
-        known = {"problem_description": str, "ground_truth": str, "test_cases": dict}
-        for name, kind in known.items():
-            if not isinstance(record.get(name, kind()), kind):
-                raise InputError(f"{where}: field '{name}' should be a {kind.__name__}, is {record[name]!r:.40}")
-            if not record.get(name) and name not in optional:
-                fault = "is empty" if name in record else f"is missing; found {sorted(record)[:8]}"
-                raise InputError(f"{where}: field '{name}' {fault}")
-        values = {name: record.get(name, kind()) for name, kind in known.items()}
-        for name, call in values["test_cases"].items():
-            if not isinstance(call, str):
-                raise InputError(f"{where}: field 'test_cases': '{name}' should be a call as text, is {call!r:.40}")
-        return cls(**values, extra={k: value for k, value in record.items() if k not in known}, where=where)
+        schema.check(record, schema.task(optional), where)
+        known = ("problem_description", "ground_truth", "test_cases")
+        extra = {name: value for name, value in record.items() if name not in known}
+        return cls(record["problem_description"], record["ground_truth"], record.get("test_cases") or {}, extra, where)
 
 
 def load_tasks(path, optional=("test_cases",)):
     """Read a ColBench task file. optional: fields that the task at hand can do without (a file of web pages has no
     test_cases). InputError on a missing file or field, a broken line, or no task at all."""
-    tasks = [Task.from_record(record, f"{path}, line {number}", optional) for number, record in read_jsonl(path)]
-    if not tasks:
-        raise InputError(f"{path}: holds no task; expected a line with problem_description and ground_truth for each")
-    return tasks
+    records = schema.read_records(path, schema.task(optional), "task")
+    return [Task.from_record(record, where, optional) for where, record in records]
 
 
-def check_messages(messages, where):
-    """InputError unless this is a list of {"role": text, "content": text}."""
-    if not isinstance(messages, list):
-        raise InputError(f"{where} should be a list of messages, is {messages!r:.40}")
-    for message in messages:
-        if not isinstance(message, dict) or any(not isinstance(message.get(k), str) for k in ("role", "content")):
-            raise InputError(f"{where}: a message should have 'role' and 'content', both text; is {message!r:.60}")
-
-
-def read_trajectories(path):
+def read_trajectories(path, tokenizer=None):
     """Yield ColBench's offline dialogues one at a time, without what this project does not read (the prompt that is
-    repeated with every turn is most of such a file). InputError on what is no graded dialogue."""
-    for number, record in read_jsonl(path, ("task", "dialogue_history", "reward")):
-        where, history, reward = f"{path}, line {number}", record["dialogue_history"], record["reward"]
-        if isinstance(reward, bool) or not isinstance(reward, (int, float)) or reward != reward:
-            raise InputError(f"{where}: field 'reward' should be a number, is {reward!r:.40}")
-        check_messages(history, f"{where}: field 'dialogue_history'")
-        roles = [message["role"] for message in history]
-        if len(roles) < 2 or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
-            raise InputError(f"{where}: field 'dialogue_history' should alternate user and assistant, is {roles!r:.80}")
-        history = [{key: m[key] for key in ("role", "content", "output_ids") if key in m} for m in history]
+    repeated with every turn is most of such a file). InputError on what is no graded dialogue, or whose ids are not
+    the tokenizer's."""
+    known = None if tokenizer is None else known_ids(tokenizer)
+    for where, record in schema.read_records(path, schema.trajectory(known), "dialogue"):
+        history = [{key: m[key] for key in ("role", "content", "output_ids") if m.get(key) is not None}
+                   for m in record["dialogue_history"]]
         yield {"task": Task.from_record(record["task"], where).to_record(), "dialogue_history": history,
-               "reward": float(reward)}
+               "reward": float(record["reward"])}
 
 
 # ------------------------------------------------------------------ dialogue
@@ -127,7 +105,7 @@ class DialogueEnv:
 
     def reset(self, task):
         self.task, self.answer, self.turns = task, None, 0
-        self.messages = [{"role": "user", "content": self.instructions + task.problem_description}]
+        self.messages = [{"role": "user", "content": clean(self.instructions + task.problem_description)}]
         return self.messages
 
     def step(self, action, **extra):
@@ -145,7 +123,7 @@ class DialogueEnv:
 
     def observe(self, reply):
         """Append the human's reply and return what the agent sees next."""
-        self.messages.append({"role": "user", "content": reply})
+        self.messages.append({"role": "user", "content": clean(reply)})
         return self.messages
 
 
@@ -200,10 +178,16 @@ def _text_tokenizer(tokenizer):
     return plain
 
 
+@functools.lru_cache(maxsize=8)
+def known_ids(tokenizer):
+    """The ids of all tokens. A vocabulary may have gaps, and a model's logits may go on behind it."""
+    return frozenset(tokenizer.get_vocab().values())
+
+
 @functools.lru_cache(maxsize=2 ** 16)
 def encode_text(tokenizer, text):
     """Token ids of a message's text. What looks like a control token is encoded as text: nobody can forge a turn."""
-    return tuple(_text_tokenizer(tokenizer)(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+    return tuple(_text_tokenizer(tokenizer)(clean(text), add_special_tokens=False, split_special_tokens=True).input_ids)
 
 
 def end_of_turn(tokenizer):

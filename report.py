@@ -24,7 +24,8 @@ from string import Template
 import numpy as np
 
 from env import ANSWER_MARKER
-from machinery.files import InputError, read_jsonl
+from machinery.files import InputError
+from machinery.schema import evaluation, read_records
 from worlds import backend
 
 METHODS = ("base", "RFT", "multi-turn DPO", "SWEET", "SWEET without c")
@@ -46,7 +47,7 @@ def evaluations(root):
     """The evaluated dialogues of a run: {(method, top_p): records in the order of the tasks}, which all share."""
     found = {}
     for file in (root / folder / "eval.jsonl" for folder in FOLDERS.values()):
-        for _, record in read_jsonl(file, ("method", "top_p", "task", "reward")) if file.exists() else ():
+        for _, record in read_records(file, evaluation()) if file.exists() else ():
             found.setdefault((record["method"], record["top_p"]), []).append(record)
     tasks = {key: [record["task"] for record in records] for key, records in found.items()}
     if any(tasks[key] != next(iter(tasks.values())) for key in tasks):

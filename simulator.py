@@ -20,7 +20,7 @@ import random
 import sys
 
 from env import end_of_turn, render
-from machinery.files import InputError
+from machinery.files import InputError, forgive
 from machinery.server import Endpoint, Server
 
 NO_PREFERENCE = "I have no preference."  # stands in for a reply that a model left empty or refused
@@ -71,6 +71,7 @@ class ConsoleHuman(Human):
     """You: shows the agent's message and reads a line."""
 
     def reply(self, tasks, dialogues):
+        forgive(sys.stdin, sys.stdout)  # what the terminal cannot encode or decode ends no dialogue
         replies = []
         for dialogue in dialogues:
             print(f"\nagent: {dialogue[-1]['content']}")

@@ -47,7 +47,8 @@ import critic
 import report
 from env import DialogueEnv
 from env import load_tasks, read_trajectories, render
-from machinery.files import fingerprint, holds_something, InputError, JsonlWriter, read_jsonl, write_groups, write_json
+from machinery import schema
+from machinery.files import fingerprint, forgive, holds_something, InputError, JsonlWriter, write_groups, write_json
 from machinery.server import Server
 from machinery.train import ONE_GPU, SMOKE, Given, Machine, arg, check_values, flag_of, load_model, save_to
 from kernels.prefix import use_plain_path
@@ -144,11 +145,11 @@ class Run:
     def held_out(self):
         return self.tasks(self.given.heldout, "eval", self.settings["eval"].split)
 
-    def records(self, name, *required):
-        return (record for _, record in read_jsonl(self.path(name), required))
+    def records(self, name, kind):
+        return (record for _, record in schema.read_records(self.path(name), kind))
 
-    def trajectories(self):
-        return read_trajectories(self.path("trajectories.jsonl"))
+    def trajectories(self, tokenizer):
+        return read_trajectories(self.path("trajectories.jsonl"), tokenizer)
 
 
 # ------------------------------------------------------------------ stages
@@ -175,9 +176,9 @@ def stage_rollout(run):
                  run.machine.rows, group, "rollout")
 
 
-def better_and_worse(run, per_task):
+def better_and_worse(run, tokenizer, per_task):
     margin = run.settings["pairs"].margin
-    pairs = critic.trajectory_pairs(run.trajectories(), per_task, margin, random.Random(f"pairs {run.seed}"))
+    pairs = critic.trajectory_pairs(run.trajectories(tokenizer), per_task, margin, random.Random(f"pairs {run.seed}"))
     if not pairs:
         raise InputError(f"{run.path('trajectories.jsonl')}: no task has both a successful and a failed dialogue: "
                          "nothing to learn from; roll out more (--rollout-per-task) or start from a better --model")
@@ -186,7 +187,7 @@ def better_and_worse(run, per_task):
 
 def stage_critic(run):
     model, tokenizer = run.model("base", train=True)
-    pairs = better_and_worse(run, run.settings["pairs"].per_task)
+    pairs = better_and_worse(run, tokenizer, run.settings["pairs"].per_task)
     critic.train(model, tokenizer, pairs, run.path("critic"), run.settings["critic"], run.seed,
                  save_to(model, tokenizer))
 
@@ -197,7 +198,7 @@ def stage_samples(run):
     if run.given.candidates:
         states = actor.read_candidates(tokenizer, run.given.candidates)
     else:
-        states = [{"task": t["task"], "messages": t["dialogue_history"][:turn]} for t in run.trajectories()
+        states = [{"task": t["task"], "messages": t["dialogue_history"][:turn]} for t in run.trajectories(tokenizer)
                   for turn in range(1, len(t["dialogue_history"]), 2)]
         chosen = rng.sample(range(len(states)), min(cfg.states, len(states)))
         states = [states[i] for i in sorted(chosen)]  # in order, so that states of one task share what they can
@@ -217,14 +218,14 @@ def stage_candidates(run):
     def group(part, _):
         critic.rank(model, tokenizer, part, run.settings["critic"])
         return part
-    states = list(run.records("samples.jsonl", "task", "messages", "candidates"))
+    states = list(run.records("samples.jsonl", schema.state("ref_sum", "ref_sum_without_c")))
     write_groups(run.path("candidates.jsonl"), states, 256, group, "candidates")
 
 
 def stage_pairs(run):
     rng, cfg = random.Random(f"turn pairs {run.seed}"), run.settings["pairs"]
     writer = JsonlWriter(run.path("pairs.jsonl"), 10 ** 9)
-    for state in run.records("candidates.jsonl", "messages", "candidates"):
+    for state in run.records("candidates.jsonl", schema.state("advantage")):
         turns = state["candidates"]
         advantages, counts = [c["advantage"] for c in turns], [c.get("count", 1) for c in turns]
         for pair in actor.turn_pairs(advantages, counts, cfg.per_state, rng):
@@ -238,7 +239,7 @@ def stage_pairs(run):
 def stage_actor(run):
     model, tokenizer = run.model("base", train=True)
     examples = [{side: actor.turn_view(tokenizer, pair["prompt"], pair[side][0]) for side in ("chosen", "rejected")}
-                for pair in run.records("pairs.jsonl", "prompt", "chosen", "rejected")]
+                for pair in run.records("pairs.jsonl", schema.pair())]
     if not examples:
         raise InputError(f"{run.path('pairs.jsonl')}: holds no pair; sample more candidates (--candidates-states)")
     actor.train_preferences(model, examples, run.path("actor"), run.settings["actor"], run.seed,
@@ -247,7 +248,7 @@ def stage_actor(run):
 
 def stage_rft(run):
     model, tokenizer = run.model("base", train=True)
-    views = [render(tokenizer, t["dialogue_history"]) for t in run.world.successes(run.trajectories())]
+    views = [render(tokenizer, t["dialogue_history"]) for t in run.world.successes(run.trajectories(tokenizer))]
     if not views:
         raise InputError(f"{run.path('trajectories.jsonl')}: no successful dialogue to imitate; roll out more of them "
                          "(--rollout-per-task), or start from a better --model")
@@ -257,7 +258,7 @@ def stage_rft(run):
 
 def stage_multiturn(run):
     model, tokenizer = run.model("base", train=True)
-    pairs = better_and_worse(run, run.settings["multiturn"].per_task)
+    pairs = better_and_worse(run, tokenizer, run.settings["multiturn"].per_task)
     examples = [{"chosen": render(tokenizer, better["dialogue_history"]),
                  "rejected": render(tokenizer, worse["dialogue_history"])} for better, worse in pairs]
     actor.train_preferences(model, examples, run.path("multiturn"), run.settings["multiturn"], run.seed,
@@ -437,7 +438,17 @@ def settings_of(options):
     return settings
 
 
+def check_files(run):
+    """InputError on bad input, before any long work starts."""
+    for file in filter(None, (run.given.tasks, run.given.heldout)):
+        load_tasks(file, run.world.OPTIONAL)
+    for file, kind in ((run.given.trajectories, schema.trajectory()), (run.given.candidates, schema.outside_state())):
+        for _ in schema.read_records(file, kind, "record") if file else ():
+            pass
+
+
 def main(argv=None):
+    forgive(sys.stdin, sys.stdout)
     argv = sys.argv[1:] if argv is None else argv
     options = parser().parse_args(argv)
     if options.smoke and options.run == "runs/default":
@@ -446,8 +457,7 @@ def main(argv=None):
     try:
         run = Run(options, settings_of(options))
         torch.set_num_threads(run.machine.threads)
-        for file in filter(None, (run.given.tasks, run.given.heldout)):
-            load_tasks(file, run.world.OPTIONAL)  # bad input is known before any long work starts
+        check_files(run)
         if options.stage == "table":
             return table([a for a in argv if a != "table"], options, run.settings["table"])
         if options.stage == "play":

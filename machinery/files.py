@@ -4,9 +4,11 @@ A stage writes whole lines to NAME.partial; a torn last line is dropped when it 
 under its own name is complete, whatever happened while it was written. Bad input becomes an `InputError`: one line that
 names the file, the line and field, and what was expected.
 
-Exercised by `python -m pytest tests/test_env.py`.
+Text is cleaned where it enters and where it is written: see `clean`. Exercised by `python -m pytest tests/test_env.py
+tests/test_records.py`.
 """
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -18,28 +20,72 @@ class InputError(ValueError):
     """Bad input from the user: one line that names the file, the line and field, and what was expected."""
 
 
+# ------------------------------------------------------------------ text
+
+MAX_DEPTH = 100  # lists and objects within each other in a record; Python's own functions stop at some hundred
+
+
+def clean(value, depth=MAX_DEPTH):
+    """A text, or a JSON value with all texts in it, that can be encoded as UTF-8.
+
+    JSON and Python strings can hold half of a surrogate pair ("\\ud83d", half an emoji), which tokenizers and files
+    refuse: it becomes U+FFFD. Two halves that belong together become their character. RecursionError when lists and
+    objects are nested too deep.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if depth == 0:
+        raise RecursionError(f"more than {MAX_DEPTH} lists and objects within each other")
+    if isinstance(value, list):
+        return [clean(item, depth - 1) for item in value]
+    if isinstance(value, dict):
+        return {clean(name): clean(item, depth - 1) for name, item in value.items()}
+    return value
+
+
+def forgive(*streams):
+    """Let text streams (stdin, stdout) replace what they cannot decode or encode, where they would raise."""
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):  # a test's or a notebook's may be something else
+            stream.reconfigure(errors="replace")
+
+
 # ------------------------------------------------------------------ files
 
 def read_jsonl(path, required=()):
-    """Yield (line number, record) from a JSON-lines file, one at a time. InputError on what cannot be read."""
+    """Yield (line number, record) from a JSON-lines file, one at a time, all text cleaned. InputError on what cannot be
+    read. Empty lines and byte order marks are skipped; NaN and Infinity are numbers, as Python writes them."""
     try:
-        file = open(path, "rb")  # bytes: json.loads then complains about a line that is not UTF-8, too
+        file = open(path, "rb")  # as bytes: only a line feed ends a line then, not U+2028
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); expected one JSON object a line") from None
     with file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+            where = f"{path}, line {number}"
             try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error}); expected one object a line") from None
-            if not isinstance(record, dict):
-                raise InputError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
+                text = line.decode("utf-8-sig", "surrogatepass").strip()
+            except UnicodeDecodeError as error:
+                raise InputError(f"{where}: not UTF-8 (byte {error.start}); expected one JSON object a line") from None
+            if not text:
+                continue
+            record = _read_object(text, where)
             for name in required:
                 if name not in record:
-                    raise InputError(f"{path}, line {number}: field '{name}' is missing; found {sorted(record)[:8]}")
+                    raise InputError(f"{where}: field '{name}' is missing; found {sorted(record)[:8]}")
             yield number, record
+
+
+def _read_object(text, where):
+    """The JSON object in a line. InputError on anything else."""
+    if text.startswith("["):
+        raise InputError(f"{where}: expected one JSON object a line; this is one array (a list)")
+    try:
+        record = clean(json.loads(text))
+    except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
+        raise InputError(f"{where}: not JSON ({error}); expected one object a line") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected one JSON object a line; this is {type(record).__name__}")
+    return record
 
 
 class JsonlWriter:
@@ -60,7 +106,7 @@ class JsonlWriter:
         self.file = open(self.partial, "a", encoding="utf-8")
 
     def write(self, records):
-        self.file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        self.file.write("".join(clean(json.dumps(record, ensure_ascii=False)) + "\n" for record in records))
         self.file.flush()
 
     def close(self):
@@ -96,7 +142,8 @@ def write_groups(path, items, size, make, label):
 
 def write_json(path, value):
     """Write one JSON file, whole or not at all."""
-    Path(f"{path}.partial").write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = clean(json.dumps(value, indent=1, ensure_ascii=False))
+    Path(f"{path}.partial").write_text(text + "\n", encoding="utf-8")
     os.replace(f"{path}.partial", path)
 
 
@@ -112,5 +159,5 @@ def fingerprint(setting):
         with open(setting, "rb") as file:
             for block in iter(lambda: file.read(2 ** 20), b""):
                 digest.update(block)
-        return f"{Path(setting).name} (sha256 {digest.hexdigest()[:12]})"
-    return setting or None
+        setting = f"{Path(setting).name} (sha256 {digest.hexdigest()[:12]})"
+    return clean(setting) or None

@@ -201,7 +201,7 @@ def clip_similarity(one, other, name):
     with torch.no_grad():
         found = model.get_image_features(**processor(images=images, return_tensors="pt"))
     a, b = torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1)
-    return float(a @ b)
+    return min(1.0, float(a @ b))  # which rounding makes a little more
 
 
 # ------------------------------------------------------------------ in the report
