@@ -136,8 +136,9 @@ FIXED_DATE = ('{% macro strftime_now(form) %}{{ form.replace("%d", "26").replace
 
 @functools.lru_cache(maxsize=8)
 def _scaffold(tokenizer):
-    """What the chat template writes around messages, as token ids: (before the first one, from the human's to the
-    agent's turn, from the agent's to the human's), and the id of the end of an agent's turn.
+    """What the chat template writes around messages: before the first one (token ids, text), from the human's to the
+    agent's turn (text, token ids), from the agent's to the human's (token ids, text), and the id of the end of an
+    agent's turn. The texts stand next to the human's message, up to a control token, and are encoded with it.
 
     The template is rendered once, on two turns with a placeholder for each content, so contents can never be mistaken
     for template, nor be trimmed or stripped by it. From the human's to the agent's turn is taken at the last turn,
@@ -160,14 +161,32 @@ def _scaffold(tokenizer):
         opening = prompt  # white space in front of a turn is for the agent to write, or not
     else:
         print(f"note: the chat template asks for a turn with {prompt!r} but writes one with {opening!r}: using this")
-    parts = (before, opening, between.lstrip(), after.lstrip() or between.lstrip())
-    before, opening, between, after = (tokenizer.encode(part, add_special_tokens=False) for part in parts)
+    between, after = between.lstrip(), after.lstrip() or between.lstrip()
+
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False)
+    _check_ends(tokenizer, *map(encode, (before, opening, between, after)))
+    (_, i), (j, _), (_, k) = (_control_span(tokenizer, piece) for piece in (before, opening, between))
+    return ((encode(before[:i]), before[i:]), (opening[:j], encode(opening[j:])), (encode(between[:k]), between[k:]),
+            encode(after)[0])
+
+
+def _check_ends(tokenizer, before, opening, between, after):
+    """ValueError unless the template's pieces, as token ids, say where the agent's turns end."""
     control = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     if not after or after[0] not in control:
         raise ValueError("the chat template ends an agent's turn without a control token that could stop sampling")
     if between[:1] != after[:1] and not {*between[:1]} & {*opening[:1]} & (control - {*before[:2]}):
         raise ValueError("the chat template ends an agent's earlier turns in another way than its last one")
-    return before, opening, between, after[0]
+
+
+def _control_span(tokenizer, piece):
+    """Where the first control token of a piece begins and the last one ends; without one, (its length, 0). White space
+    that a control token takes in belongs to it."""
+    tokens = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: -len(token.content))
+    pattern = "|".join("\\s*" * t.lstrip + re.escape(t.content) + "\\s*" * t.rstrip for t in tokens)
+    spans = [match.span() for match in re.finditer(pattern, piece) if match[0]]
+    return (spans[0][0], spans[-1][1]) if spans else (len(piece), 0)
 
 
 @functools.lru_cache(maxsize=8)
@@ -217,24 +236,34 @@ def render(tokenizer, messages, reference=None):
     the tokens it came from), and where they stop without an end-of-turn token the template's own one is context, not
     the agent's. With messages that end in a user turn, the ids end where the agent's next turn begins. With a
     reference, the first message starts with `REFERENCE_PREFIX`: the critic's view; the ids of the turns do not
-    change. The past is never rewritten, even by templates that would (drop its reasoning, end it in another way): what
-    the agent read and wrote stays, so that the ids of a dialogue's beginning are the beginning of its ids. ValueError
+    change.
+
+    A human's message is encoded as one text with what the template writes next to it: a tokenizer may have one token
+    for the template's line break and those that the message begins with. So the ids up to the agent's turn are those
+    of the whole text. In front of the agent's turn a token always ends, because sampling begins there.
+
+    The past is never rewritten, even by templates that would (drop its reasoning, end it in another way): what the
+    agent read and wrote stays, so that the ids of a dialogue's beginning are the beginning of its ids. ValueError
     where a template cannot be used so.
     """
-    before, opening, between, eot = _scaffold(tokenizer)
-    input_ids, turn_ids = list(before), [0] * len(before)
+    before, (back, opening), between, eot = _scaffold(tokenizer)
+    input_ids, turn_ids, action = [], [], []
     for i, message in enumerate(messages):
         if message["role"] != ("user", "assistant")[i % 2]:
             raise ValueError(f"message {i + 1} is of {message['role']!r}; expected user and assistant in turn")
         if i % 2:
-            ids, turn = action_tokens(tokenizer, message), i // 2 + 1
-            after = [] if i == len(messages) - 1 else between[1:] if ids[-1:] == [eot] else between
-        else:
-            prefix = REFERENCE_PREFIX.format(reference=reference) if reference is not None and i == 0 else ""
-            ids = encode_text(tokenizer, prefix) + encode_text(tokenizer, message["content"])
-            after, turn = opening, 0
-        input_ids += [*ids, *after]
-        turn_ids += [turn] * len(ids) + [0] * len(after)
+            action = action_tokens(tokenizer, message)
+            input_ids += action
+            turn_ids += [i // 2 + 1] * len(action)
+            continue
+        head, front = between if i else before
+        if action[-1:] == [eot]:
+            head = head[1:]  # the agent has ended its turn
+        if i == 0 and reference is not None:
+            front += REFERENCE_PREFIX.format(reference=reference)
+        context = [*head, *encode_text(tokenizer, front + message["content"] + back), *opening]
+        input_ids += context
+        turn_ids += [0] * len(context)
     return input_ids, turn_ids
 
 
