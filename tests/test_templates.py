@@ -365,8 +365,8 @@ def merging(request):
     return merging_tokenizer(EDGES[request.param[0]], request.param[1])
 
 
-@pytest.mark.parametrize("content", ["\n\nHi", "\nHi", " Hi", "\tHi", "\n\n\n\nHi there\n\n", "Hi\n", "Hi \n\n", "\n", "",
-                                     " ", "\r\nHi\r\n", "Hi", "\u2028Hi\u00a0"])
+@pytest.mark.parametrize("content", ["\n\nHi", "\nHi", " Hi", "\tHi", "\n\n\n\nHi there\n\n", "Hi\n", "Hi \n\n", "\n",
+                                     "", " ", "\r\nHi\r\n", "Hi", "\u2028Hi\u00a0"])
 def test_a_message_has_the_ids_that_its_template_gives_it(merging, content):
     """Transformers' own ids of the whole text, for a request and for a later reply. The agent's turns are plain, so
     that nothing could be merged with them."""
