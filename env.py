@@ -166,9 +166,13 @@ def _scaffold(tokenizer):
     def encode(text):
         return tokenizer.encode(text, add_special_tokens=False)
     _check_ends(tokenizer, *map(encode, (before, opening, between, after)))
-    (_, i), (j, _), (_, k) = (_control_span(tokenizer, piece) for piece in (before, opening, between))
-    return ((encode(before[:i]), before[i:]), (opening[:j], encode(opening[j:])), (encode(between[:k]), between[k:]),
-            encode(after)[0])
+    _, end = _control_span(tokenizer, before)
+    before = encode(before[:end]), before[end:]
+    start, _ = _control_span(tokenizer, opening)
+    opening = opening[:start], encode(opening[start:])
+    _, end = _control_span(tokenizer, between)
+    between = encode(between[:end]), between[end:]
+    return before, opening, between, encode(after)[0]
 
 
 def _check_ends(tokenizer, before, opening, between, after):
@@ -184,8 +188,8 @@ def _control_span(tokenizer, piece):
     """Where the first control token of a piece begins and the last one ends; without one, (its length, 0). White space
     that a control token takes in belongs to it."""
     tokens = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: -len(token.content))
-    pattern = "|".join("\\s*" * t.lstrip + re.escape(t.content) + "\\s*" * t.rstrip for t in tokens)
-    spans = [match.span() for match in re.finditer(pattern, piece) if match[0]]
+    names = [r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip for token in tokens]
+    spans = [match.span() for match in re.finditer("|".join(names), piece) if match[0]]
     return (spans[0][0], spans[-1][1]) if spans else (len(piece), 0)
 
 

@@ -442,9 +442,10 @@ def check_files(run):
     """InputError on bad input, before any long work starts."""
     for file in filter(None, (run.given.tasks, run.given.heldout)):
         load_tasks(file, run.world.OPTIONAL)
-    for file, kind in ((run.given.trajectories, schema.trajectory()), (run.given.candidates, schema.outside_state())):
-        for _ in schema.read_records(file, kind, "record") if file else ():
-            pass
+    kinds = {run.given.trajectories: schema.trajectory(), run.given.candidates: schema.outside_state()}
+    for file in filter(None, kinds):
+        for _ in schema.read_records(file, kinds[file], "record"):
+            pass  # reading is the check; which ids the tokenizer has is checked when it is there
 
 
 def main(argv=None):
