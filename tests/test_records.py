@@ -132,13 +132,16 @@ def test_a_text_that_is_rendered(tokenizer):
     ("ascii", "strict", "é\n".encode(), SIGN * 2), ("utf-8", "strict", "é\0\n".encode(), "é\0")])
 def test_what_is_typed_at_the_terminal(monkeypatch, encoding, errors, typed, heard):
     screen = io.BytesIO()
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding, errors))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed * 2), encoding, errors))
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, "ascii", write_through=True))
     env = DialogueEnv()
     env.reset(Task("p", "g"))
     env.step(f"Which {EMOJI}?")
-    [reply] = ConsoleHuman().reply([env.task], [env.messages])
-    assert env.observe(reply)[-1]["content"] == heard
+    human = ConsoleHuman()
+    for _ in range(2):
+        [reply] = human.reply([env.task], [env.messages])
+        assert env.observe(reply)[-1]["content"] == heard
+        env.step("And?")
     assert b"agent: Which ??" in screen.getvalue()
 
 
