@@ -17,20 +17,21 @@ import re
 
 FENCE = re.compile(r"^ {0,3}(```+|~~~+)[ \t]*(?![ \t])([\w+-]*)(?![\w+-])[^\n`]*\n(.*?)(?:^ {0,3}\1[`~]*[ \t]*$|\Z)",
                    re.M | re.S)
-MARK = re.compile(r"`{3,}|~{3,}|</?[A-Za-z][^<>\n]*>")  # what stands around code, wherever in a line
-MOST_MARKS, MOST_INSIDE = 60, 8  # of a text, and in the strings of one program: what is tried grows with both
 CODE = r"(?:async )?def |class |import |from |@|\w+ = "
-INFO = re.compile(rf"[ \t]*(?:[\w+.-]+[ \t]+)?(?={CODE})|[^\n]*")  # behind a mark: a language, or words, up to the code
+INFO = rf"[ \t]*(?:[\w+.-]+[ \t]+)?(?={CODE})"  # behind a fence, a language at most, and then code in the same line
+STOP = r"(?!`{3}|~{3}|</?[A-Za-z])"
+WORD = rf"\b(?!(?:{'|'.join(keyword.kwlist + keyword.softkwlist)})\b)[^\W\d_][\w'’-]{{0,30}}"
+OUTSIDE = rf"(?:{STOP}[^\"'#\n]|(?<=\w\w)'(?=\w)|(?<=\bI)'(?=\w))"  # of strings and comments; "it's" is no string
+PROSE = "|".join((
+    rf"(?![ \t@]){OUTSIDE}*?{WORD} +{WORD}\b(?:{STOP}.)*",  # two words in a row are no Python
+    r"\W{0,4}[A-Z][^=(\[{:@`~<\n]*:?\W{0,3}$",  # Sure! **Explanation:**
+    rf"(?:[-*+•]|\d+[.)]) (?:{STOP}.)*",  # an item of a list
+    r"[-=*_]{3,}[ \t]*$"))  # a line across the page
+MARK = re.compile(rf"(?:`{{3,}}|~{{3,}}|</?[A-Za-z][^<>\n]*>)(?:{INFO}|(?:{STOP}.)*)|(?:^(?:{PROSE})\n*)+", re.M)
+MOST_MARKS = 60  # the number of tries grows with its square
 CALLED = re.compile(r"(?<![\w.])([^\W\d]\w*)\s*\(")
 BUILTINS = set(dir(builtins))
 
-WORD = rf"\b(?!(?:{'|'.join(keyword.kwlist + keyword.softkwlist)})\b)[^\W\d_][\w'’-]{{0,30}}"
-OUTSIDE = r"(?:[^\"'#\n]|(?<=\w\w)'(?=\w)|(?<=\bI)'(?=\w))"  # neither in a string nor in a comment; "it's" is no string
-PROSE = re.compile("|".join((
-    rf"^(?![ \t@]){OUTSIDE}*?{WORD} +{WORD}\b.*$",  # two words in a row are no Python
-    r"^\W{0,4}[A-Z][^=(\[{:@\n]*:?\W{0,3}$",  # Sure! **Explanation:**
-    r"^(?:[-*+•]|\d+[.)]) .*$",  # an item of a list
-    r"^[-=*_]{3,}[ \t]*$")), re.M)  # a line across the page
 QUOTE = re.compile(r"^[ \t]*(?:(?:> ?)+|\.\.\. )", re.M)  # a quotation, or the prompt of a session
 UNSEEN = {**dict.fromkeys([0xAD, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF]), **dict.fromkeys([0xA0, 0x202F, 0x3000], " ")}
 
@@ -47,7 +48,7 @@ def extract_code(answer):
     blocks = [(kind.lower(), dedent(body)) for _, kind, body in FENCE.findall(answer) if body.strip()]
     python = [body for kind, body in blocks if kind in ("python", "py", "python3", "py3", "ipython", "code")]
     code = "\n".join(python or [body for kind, body in blocks if not kind])
-    return code or re.sub(r"(?m)^ {0,3}(```|~~~).*$", "", answer)
+    return code or re.sub(rf"(?m)^ {{0,3}}(```+|~~~+)({INFO}|.*$)", "", answer)
 
 
 def compiles(code):
@@ -59,7 +60,7 @@ def compiles(code):
 
 
 def python_parts(text):
-    """Yield the parts of a text that are Python, each from one mark (or the beginning) to another (or the end).
+    """Yield the parts of a text that are Python: each lies between two marks (fences, tags, prose) or the text's ends.
 
     The longest comes first: marks inside of what compiles stand in its strings and comments, and end nothing.
     """
@@ -67,15 +68,11 @@ def python_parts(text):
     starts, ends = [0, *(end for _, end in marks)], [*(start for start, _ in marks), len(text)]
     i = 0
     while i < len(starts):
-        begin = INFO.match(text, starts[i]).end() if i else 0
-        parts = [dedent(text[begin:end]) for end in ends[i:i + MOST_INSIDE]]
-        found = next((k for k in reversed(range(len(parts))) if compiles(parts[k])), None)
-        if found is None:
-            parts[0] = dedent(PROSE.sub("", parts[0]))
-            found = 0 if compiles(parts[0]) else None
-        if found is not None:
-            yield parts[found]
-        i += 1 + (found or 0)
+        parts = [dedent(text[starts[i]:end]) for end in ends[i:]]
+        longest = next((k for k in reversed(range(len(parts))) if compiles(parts[k])), None)
+        if longest is not None:
+            yield parts[longest]
+        i += 1 + (longest or 0)
 
 
 def candidates(answer):
