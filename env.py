@@ -17,14 +17,15 @@ import copy
 import functools
 import re
 import sys
-import textwrap
 from dataclasses import dataclass, field
 
 from jinja2 import TemplateError
 from tokenizers import AddedToken
 
 from machinery import sandbox, schema
+from machinery.files import InputError as InputError
 from machinery.files import clean
+from machinery.program import extract_code as extract_code
 
 ANSWER_MARKER = "I WANT TO ANSWER:"
 REFERENCE_PREFIX = "In light that the final answer is: {reference}.\n"  # how the critic reads c: a data format
@@ -273,24 +274,16 @@ def render(tokenizer, messages, reference=None):
 
 # ------------------------------------------------------------------ reward
 
-FENCE = re.compile(r"^ {0,3}(```+|~~~+)[ \t]*(?![ \t])([\w+-]*)(?![\w+-])[^\n`]*\n(.*?)(?:^ {0,3}\1[`~]*[ \t]*$|\Z)",
-                   re.M | re.S)
 _REPORTS = {}  # what each (program, calls) gave: policies repeat their answers, and every answer needs its reference
-
-
-def extract_code(answer):
-    """The program in an answer: its fenced Markdown blocks (those marked as Python, if some are), or all of it."""
-    answer = answer.lstrip("\ufeff").replace("\r\n", "\n")
-    blocks = [(kind.lower(), textwrap.dedent(body) if body.lstrip("\n")[0] in " \t" else body)  # dedent changes strings
-              for _, kind, body in FENCE.findall(answer) if body.strip()]
-    python = [body for kind, body in blocks if kind in ("python", "py", "python3", "py3", "ipython", "code")]
-    code = "\n".join(python or [body for kind, body in blocks if not kind])
-    return code or re.sub(r"(?m)^ {0,3}(```|~~~).*$", "", answer)
 
 
 def grade(answers, tasks, call_seconds=1.0, answer_seconds=10.0, workers=None):
     """The reward of each answer: the share of its task's test calls whose value equals the reference's, as Python's ==
     sees it (1 == 1.0 == True, a tuple is not a list; NaN equals NaN; None never counts). Success means 1.0.
+
+    The program in an answer is found as a person would find it (machinery/program.py): fences, prose and drafts cost
+    nothing. A statement at its top level that fails or does not end (an example, a wait for input) is left out, except
+    for a `raise`.
 
     Each call sees fresh definitions, the same random and hash seeds for reference and answer, and an empty scratch
     folder; call_seconds and answer_seconds limit a call and an answer. What has run once is not run again.
@@ -303,7 +296,7 @@ def grade(answers, tasks, call_seconds=1.0, answer_seconds=10.0, workers=None):
 
     def job(source, task):
         return source, tuple(task.test_cases.values()), call_seconds, answer_seconds
-    wanted = [(job(task.ground_truth, task), job(extract_code(answer), task)) for answer, task in zip(answers, tasks)]
+    wanted = [(job(task.ground_truth, task), job(answer, task)) for answer, task in zip(answers, tasks)]
     new = [key for key in dict.fromkeys(key for pair in wanted for key in pair) if key not in _REPORTS]
     _REPORTS.update(zip(new, sandbox.run([key[:2] for key in new], call_seconds, answer_seconds, workers)))
     tasks_of = {reference: task for (reference, _), task in zip(wanted, tasks)}

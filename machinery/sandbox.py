@@ -7,16 +7,17 @@ fast (a fresh Python for each call would take thirty times as long as the call).
     run(jobs) -> one thread and one warm *worker* process a core -> a forked *stem* a program -> a forked child a call
 
 - The **parent** (your process) hands out jobs, each with a socket of its own, keeps the clock, and compares. It never
-  parses, compiles or runs an answer, and what comes back of a call is one line: the hash (64 bits) of its value's
-  canonical text, in which two values agree exactly where Python's == says so. Whatever an answer patches, forges or
-  floods, it can give one guess a call.
+  parses, compiles or runs an answer, nor looks for the program in it, and what comes back of a call is one line: the
+  hash (64 bits) of its value's canonical text, in which two values agree exactly where Python's == says so. Whatever an
+  answer patches, forges or floods, it can give one guess a call.
 - The **worker** only forks, kills and wipes. It never sees a job or a result, so that no program finds another one's
   answers in the memory that it inherits. It is process 1 of a namespace of its own, which no signal from inside can
   end, and from which nothing escapes: when it kills "everybody", that is everybody. A program that changes what it can
   of its worker (limits, priority, the folder's rights, shared memory) costs the worker its place, and nobody a reward.
-- The **stem** gives up what rights there are, reads one job, loads the modules that it names and forks a child for each
-  call: definitions, modules, files and processes of one call are gone before the next. Programs that provably only
-  compute (`leaves_no_trace`; most small functions) run in the stem itself; nothing is contained any less for that.
+- The **stem** gives up what rights there are, reads one job, finds the program in its answer (machinery/program.py),
+  loads the modules that it names and forks a child for each call: definitions, modules, files and processes of one call
+  are gone before the next. Programs that provably only compute (`leaves_no_trace`; most small functions) run in the
+  stem itself; nothing is contained any less for that.
 
 A fork costs what its memory costs: some 500 pages are copied or mapped for a small program, half of its time. So the
 worker imports little, and one fork serves all calls of a program where that can be.
@@ -49,6 +50,7 @@ No torch here. Exercised by `python -m pytest tests/test_grade.py`; measured by 
 import collections
 import contextlib
 import functools
+import inspect
 import itertools
 import marshal
 import os
@@ -62,6 +64,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
+
+from machinery import program
 
 COUNTER = itertools.count()
 BUSY = 0.7  # of the time on a processor: whoever had less, and did not sleep, had to wait for others
@@ -112,7 +116,8 @@ class Worker:
         self.control.settimeout(10)
         with theirs:
             self.process = subprocess.Popen(
-                ["sh", "-c", lower, "sh", *command, sys.executable, "-c", far_side, str(uid)],
+                ["sh", "-c", lower, "sh", *command, sys.executable, "-c", far_side, str(uid),
+                 inspect.getsource(program)],
                 env=env, cwd=self.scratch or "/", stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 start_new_session=True)
 
@@ -129,8 +134,11 @@ class Worker:
 
     def run(self, source, calls, call_seconds, answer_seconds, last=True):
         """One report a call: the hash of its value, or "!" and what went wrong. Without `last`, None where a program
-        ran out of time because others had the processors."""
-        reports, tried, end = [], None, time.monotonic() + answer_seconds
+        ran out of time because others had the processors.
+
+        The first call may have waited for an example at the top level: where it ran out, the next stem looks for that.
+        """
+        reports, tried, patience, end = [], None, 0, time.monotonic() + answer_seconds
         while len(reports) < len(calls) and time.monotonic() < end:
             known, start, ran_out = len(reports), time.monotonic(), False
             try:
@@ -139,7 +147,7 @@ class Worker:
                     with theirs:
                         socket.send_fds(self.control, [b"B"], [theirs.fileno()])
                     ours.settimeout(answer_seconds)
-                    ours.sendall(marshal.dumps((source, calls, known)))
+                    ours.sendall(marshal.dumps((source, calls, known, patience)))
                     ours.shutdown(socket.SHUT_WR)
                     try:
                         listen(ours, reports, len(calls), call_seconds, end)
@@ -154,7 +162,9 @@ class Worker:
             else:
                 if ran_out and not last and preempted > 5 and milliseconds < 1000 * BUSY * took:
                     return None
-            if len(reports) == known and (ran_out or tried == known):
+            if ran_out and not reports:
+                patience = call_seconds
+            if len(reports) == known and (tried == known or ran_out and known):
                 reports.append("!out of time, or its process died")
             tried = known
         return reports + ["!out of time: the program's was up"] * (len(calls) - len(reports))
@@ -198,7 +208,7 @@ def tightest_way():
 
 
 def run(jobs, call_seconds=1.0, answer_seconds=10.0, workers=None):
-    """Run (source, calls) jobs, in parallel; for each job a list of reports, one a call: a hash of the value that the
+    """Run (answer, calls) jobs, in parallel; for each job a list of reports, one a call: a hash of the value that the
     call returned, or "!" and what went wrong."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     left, reports, workers = collections.deque(range(len(jobs))), {}, min(workers or cores, len(jobs))

@@ -1,9 +1,11 @@
 """The far side of machinery/sandbox.py: all that runs in the same processes as strangers' programs.
 
-This file is a program, not a module: its text is handed to a fresh Python, `worker` starts, and for each job it forks
+This file is a program, not a module: its text is handed to a fresh Python (that of machinery/program.py, which finds
+programs in answers, is an argument), `worker` starts, and for each job it forks
 a stem, which forks a child for each call. What crosses back is one line a call, "INDEX HASH" or "INDEX !REASON".
 Nothing here can be trusted once a program has begun to run; machinery/sandbox.py says why that does no harm.
 """
+import _ast
 import collections.abc
 import contextlib
 import ctypes
@@ -113,21 +115,62 @@ def seed():
             operator.attrgetter(function)(sys.modules[name])(0)
 
 
-def run_call(index, code, call, out):
+def statements(program):
+    """The statements at the top level of a program: of source, or of those that are left of it."""
+    return compile(program, "<answer>", "exec", _ast.PyCF_ONLY_AST).body
+
+
+def place(body, line):
+    """Which one of these statements is on a line."""
+    return next(i for i, statement in enumerate(body) if statement.end_lineno >= line)
+
+
+def together_again(body):
+    """(program, code) of some statements."""
+    program = _ast.Module(body, [])
+    return program, compile(program, "<answer>", "exec")
+
+
+def define(program, code, space):
+    """Run the top level of a program, without the statements that fail: who wants its functions does not care for its
+    examples. Returns the first failure, or None. A `raise` is no accident, and is raised."""
+    failure = None
+    while code:
+        try:
+            exec(code, space)
+            code = None
+        except BaseException as error:  # SystemExit included
+            failure, body = failure or error, statements(program)
+            i = place(body, error.__traceback__.tb_next.tb_lineno)
+            if isinstance(body[i], _ast.Raise):
+                raise
+            program, code = together_again(body[i + 1:])
+    return failure
+
+
+def fresh():
+    """A module for a program, and the seeds set."""
+    seed()
+    module = sys.modules["answer"] = type(sys)("answer")  # a module: dataclasses and pickle look their home up
+    return module.__dict__
+
+
+def run_call(index, program, code, call, out):
     """One test call on fresh definitions and fresh random seeds; writes a line that reports its value: a hash."""
+    failure = None
     try:
         if isinstance(code, Exception):
             raise code
-        seed()
-        module = sys.modules["answer"] = type(sys)("answer")  # a module: dataclasses and pickle look their home up
-        exec(code, module.__dict__)
-        value = eval(call, module.__dict__)
+        space = fresh()
+        failure = define(program, code, space)
+        value = eval(call, space)
         if value is None:
             raise ValueError("the value is None")
         report = str(hash(canonical(value, [10 ** 6])))  # 64 bits, the same in every worker
         del value
-        module.__dict__.clear()  # what it made is freed on its own time, too
+        space.clear()  # what it made is freed on its own time, too
     except BaseException as error:  # whatever a stranger's program raises, SystemExit included, costs this call
+        error = failure if failure and isinstance(error, NameError) else error  # why the name is not there
         line, trace = getattr(error, "lineno", None), error.__traceback__
         while trace:
             line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == "<answer>" else line
@@ -187,47 +230,77 @@ def become(uid, libc):
         libc.capset(VERSION, none)
 
 
-def stem(out, uid, libc, processes):
-    """One program's process: read the job, load what it imports, run its calls, each in a process of its own."""
+def endless(program, code, seconds):
+    """End with the place of the statement at the top level in which a program is after so many seconds, counted from 1,
+    or with 0 where it was done before."""
+    def stop(_, frame):
+        line = 0
+        while frame:
+            line = frame.f_lineno if frame.f_code.co_filename == "<answer>" else line
+            frame = frame.f_back
+        os._exit(1 + place(statements(program), line))
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    define(program, code, fresh())
+
+
+def stem(out, uid, libc, processes, find_program):
+    """One program's process: find it in the answer, load what it imports, run its calls, each in a process of its own.
+
+    patience: 0, or how many seconds the top level may take: a statement that takes more is left out.
+    """
+    def apart(work, *given):
+        child = os.fork()
+        if child == 0:
+            try:
+                resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
+                work(*given)
+            finally:
+                os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        end_all(uid or os.getppid() == 1)
+        wipe()
+        return os.waitstatus_to_exitcode(status)
     os.setpgid(0, 0)  # a group of its own to kill (a session would be slower to make)
     if uid:
         become(uid, libc)
     for what, most in (("CORE", 0), ("FSIZE", 2 ** 24), ("NOFILE", 256), ("AS", 2 ** 32), ("DATA", 2 ** 30)):
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(getattr(resource, f"RLIMIT_{what}"), (most, most))
-    source, calls, first = marshal.load(open(out, "rb", closefd=False))
+    answer, calls, first, patience = marshal.load(open(out, "rb", closefd=False))
     try:
-        code = compile(source, "<answer>", "exec")
-        hidden = {"random"} if "random" in source else set()  # as in __import__("random"), which is seeded, too
+        program, code = find_program(answer, calls)
+        hidden = {"random"} if "random" in program else set()  # as in __import__("random"), which is seeded, too
         for name in imports(code) | hidden:
             with contextlib.suppress(BaseException):  # a call will meet the failure again, and report it
                 __import__(name)
                 seed()  # numpy loads a part of itself only now
         together = leaves_no_trace(code)
+        whole = code
+        while patience and 0 < (k := apart(endless, program, code, patience)) <= len(statements(program)):
+            body = statements(program)
+            program, code = together_again(body[:k - 1] + body[k:])
+        if patience and code is whole and first == 0:  # it was the call that did not end
+            os.write(out, b"\n0 !out of time\n")
+            first = 1
     except Exception as error:  # it does not compile: each call will say so
-        code, together = error, True
+        program, code, together = "", error, True
     if together:  # none of these starts a process, and if one does all the same
         resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
     os.write(out, b"\nready !\n")
     for index, call in list(enumerate(calls))[first:]:
         if together:
             gc.collect()  # what the call before left behind
-            run_call(index, code, call, out)
-        elif child := os.fork():
-            os.waitpid(child, 0)
-            end_all(uid or os.getppid() == 1)
-            wipe()
-            os.write(out, f"\n{index} !its process died\n".encode())  # counts only where no report came before
+            run_call(index, program, code, call, out)
         else:
-            resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
-            run_call(index, code, call, out)
-            os._exit(0)
+            apart(run_call, index, program, code, call, out)
+            os.write(out, f"\n{index} !its process died\n".encode())  # counts only where no report came before
 
 
-def worker(uid):
+def worker(uid, find_program):
     """The warm process: forks a stem when told to, ends it when told to, and never sees a job or a result.
 
-    uid: the user that stems become, where we are root (0: nobody else).
+    uid: the user that stems become, where we are root (0: nobody else). find_program: machinery/program.py's.
     """
     control, libc = socket.socket(fileno=os.dup(0)), ctypes.CDLL(None)
     os.dup2(1, 0)  # both are /dev/null
@@ -251,7 +324,7 @@ def worker(uid):
             try:
                 control.close()
                 prctl(36, 1)
-                stem(fds[0], uid, libc, processes)
+                stem(fds[0], uid, libc, processes, find_program)
             finally:
                 os._exit(0)
         os.close(fds[0])
@@ -269,7 +342,9 @@ def worker(uid):
 
 if __name__ == "__main__":
     try:
-        worker(int(sys.argv[1]))
+        finder = {}
+        exec(sys.argv[2], finder)
+        worker(int(sys.argv[1]), finder["find_program"])
     finally:
         os.rmdir(os.getcwd())  # the scratch folder; under bubblewrap it has gone with its memory, and this fails
 
