@@ -14,7 +14,6 @@ Shapes: A boxes of the one page, R of the other.
 import base64
 import functools
 import io
-import re
 import zlib
 from html import escape
 
@@ -23,16 +22,10 @@ import numpy as np
 from env import ANSWER_MARKER
 from machinery.files import InputError
 from worlds.browser import HEIGHT, WIDTH, render_pages
+from worlds.source import page_source
 
 PAPER = dict(zip(("base", "RFT", "multi-turn DPO", "SWEET", "SWEET without c"),
                  ("72.4", "75.2", "76.9", "77.7", "-")))  # Table 2, CLIP cosine
-
-
-def page_source(text):
-    """The page in what an agent wrote: from <html to </html>, or else from the first tag to the last; "" without
-    one."""
-    found = re.search(r"(?:<!doctype[^>]*>\s*)?<html\b.*?(?:</html>|\Z)", text, re.S | re.I)
-    return (found or re.search(r"<.*>|\Z", text, re.S))[0]
 
 
 # ------------------------------------------------------------------ similarity
