@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,38 @@ def test_the_page_in_a_message():
     assert world.page_source("<!doctype html><html><p>cut o") == "<!doctype html><html><p>cut o"
     assert world.page_source("What about <b>this</b> one?") == "<b>this</b>"
     assert world.page_source("a < b, no page") == "" and world.page_source("") == ""
+
+
+PAGE, NEW = "<html><body><p>x</p></body></html>", "<!doctype html>\n<html lang=en><body><p>new</p></body></html>"
+
+
+@pytest.mark.parametrize("text, found", [
+    (f"I use a <div> for the header, <b> for names.\n{PAGE}", PAGE),
+    (f"{PAGE}\nThe <div> holds the header, and </html> ends it.", PAGE),
+    ("I use a <div> for the header and <b> for names.", ""), ("Use <br> between <p> and <hr>, please.", ""),
+    ("I put `<html>` and `<body>` around it.", ""), ("The <html> tag is the root of it all.", ""),
+    ("<div> is what I use.", ""), ("Put it into <b> and </b>.", ""),
+    (f"<think>Maybe {PAGE} or so.</think>{NEW}", NEW), (f"Maybe {PAGE} or so.</think>\n{NEW}", NEW),
+    (f"<think>Maybe {PAGE}", ""), (f"<think>{PAGE}</think>Which colour?", ""),
+    (f"<!-- {PAGE} -->\n{NEW}", NEW), (f"<!-- the old one: {PAGE} -->", ""),
+    (f"Here is the old page: {PAGE} and the new: {NEW} Fine?", NEW),
+    (f"```html\n{PAGE}\n```\nbecomes\n```html\n{NEW}\n```", NEW),
+    ("```html\n<p>old</p>\n```\nbecomes\n```html\n<p>new</p>\n```\nwith a <p>.", "<p>new</p>"),
+    ("First `<b>old</b>`, then\n<h1>Hi</h1>\n<p>there</p>\nBye.", "<h1>Hi</h1>\n<p>there</p>"),
+    ("```css\np{}\n```\nand ```<html><p>q</p></html>```", "<html><p>q</p></html>"),
+    ("```html\n<html><p>cut\n```", "<html><p>cut"), ("<img src=x>", "<img src=x>"),
+    *[(page, page) for page in ("<html><body><!-- no </html> yet --><p>y</p></body></html>", "<HTML>Hi</HTML>",
+                                "<html><script>let a = `<div>`</script>z</html>", "<body><h1>Hi</h1></body>",
+                                "<!DOCTYPE html>\n<title>t</title>\n<p>body</p>")]])
+def test_the_page_is_found_the_way_a_person_would(text, found):
+    assert world.page_source(text) == found
+
+
+def test_finding_the_page_takes_no_time():
+    start = time.perf_counter()
+    for piece in ("<!--", "<a>", "`", "<html", "<think>", "<!doctype ", "</think>", "```html\n", "<a></b>", "<"):
+        world.page_source(piece * (100_000 // len(piece)))
+    assert time.perf_counter() - start < 10
 
 
 def test_reward_of_references_and_of_nothing():

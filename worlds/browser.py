@@ -43,6 +43,7 @@ from queue import Empty, SimpleQueue
 import numpy as np
 
 from machinery.files import InputError
+from worlds import boxes
 
 ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
@@ -59,11 +60,13 @@ class Page:
 
     boxes: [{tag, part (the nav, header, footer ... around it), text, rect and letters (of the box, of its text:
     [x, y, width, height]), back and ink (colours), font (size), row (how many like it stand side by side), solid
-    (set off from what is behind), picture}]. failure: why the page could not be drawn, or empty.
+    (set off from what is behind), picture}]. digest: the same for pages whose screenshots are the same, pixel by
+    pixel. failure: why the page could not be drawn, or empty.
     """
     boxes: tuple = ()
     background: tuple = (255, 255, 255)
     cells: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 3), np.uint8))
+    digest: str = ""
     failure: str = ""
     picture: bytes = b""
 
@@ -143,36 +146,20 @@ STILL = ("*,::before,::after{animation:none!important;transition:none!important;
 SEE = (ROOT / "worlds/see.js").read_text("utf-8")
 
 
-def legible(box, pixels):
-    """Can the text be read: are there pixels in its place that go from the colour around it most of the way to its
-    ink?"""
-    x, y, w, h = box["letters"]
-    patch = pixels[y:y + h, x:x + w].reshape(-1, 3)[::2].astype(np.float32)
-    if not len(patch):
-        return False
-    around = np.median(patch, axis=0)
-    way = np.array(box["ink"]) - around
-    if box["picture"] or way @ way < 500:  # ink like the colour around: unreadable, unless letters are cut out
-        return box["picture"] and patch.std() > 8
-    return ((patch - around) @ way / (way @ way)).max() > 0.35
-
-
 def look(page, session, source, wanted):
     """What a person sees of one page: a record for `Page`, everything plain JSON."""
     from PIL import Image
     page.set_content(source, wait_until="load", timeout=0)
-    found = page.evaluate(SEE, [TALLEST, MOST_BOXES, STILL])
-    clip = {"x": 0, "y": 0, "width": WIDTH, "height": found.pop("height"), "scale": 1}
+    found = page.evaluate(SEE, [TALLEST, STILL])
+    layout = session.send("DOMSnapshot.captureSnapshot", {"computedStyles": boxes.STYLES, "includePaintOrder": True})
+    clip = {"x": 0, "y": 0, "width": WIDTH, "height": found["height"], "scale": 1}
     shot = session.send("Page.captureScreenshot", {"format": "png", "optimizeForSpeed": True, "clip": clip,
                                                    "captureBeyondViewport": True})
     image = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
-    pixels = np.asarray(image)
-    for box in found["boxes"]:
-        if box["text"] and not legible(box, pixels):
-            box["text"] = ""
-    found["boxes"] = [box for box in found["boxes"] if box["text"] or box["solid"] or box["picture"]]
+    seen, background = boxes.see(layout, found["elements"], np.asarray(image), MOST_BOXES)
     cells = np.asarray(image.reduce(CELL))
-    return {**found, "cells": cells.tolist(), "picture": shot["data"] if wanted else ""}
+    return {"boxes": seen, "background": background, "cells": cells.tolist(),
+            "digest": hashlib.sha256(shot["data"].encode()).hexdigest(), "picture": shot["data"] if wanted else ""}
 
 
 def serve():
@@ -283,7 +270,7 @@ def _draw(source, wanted):
             _WORKERS.put(worker) if worker.pages < RECYCLE else worker.kill()
             found = json.loads(answer)
             return Page(tuple(found["boxes"]), tuple(found["background"]), np.array(found["cells"], np.uint8),
-                        picture=base64.b64decode(found["picture"]))
+                        found["digest"], picture=base64.b64decode(found["picture"]))
         worker.kill()
     return Page(failure=f"the browser hung or died, twice; it has {SECONDS:g} s a page")
 
@@ -292,7 +279,7 @@ def _draw(source, wanted):
 def _shelf():
     """A database of pages drawn before, and the key that they were drawn under: this code and this browser."""
     browser = Path(find_browser()).resolve()
-    parts = [Path(__file__).read_bytes(), SEE.encode(), f"{browser} {browser.stat().st_mtime_ns}".encode()]
+    parts = [Path(__file__).read_bytes(), Path(boxes.__file__).read_bytes(), SEE.encode(), f"{browser} {browser.stat().st_mtime_ns}".encode()]
     shelf = sqlite3.connect(cache_folder() / "pages.db", timeout=60.0, check_same_thread=False)
     shelf.execute("create table if not exists pages (key text primary key, page text)")
     return shelf, hashlib.sha256(b"".join(parts)).hexdigest()
@@ -304,8 +291,8 @@ def _remember(sources):
     for source in sources:
         row = shelf.execute("select page from pages where key = ?", (_key(stamp, source),)).fetchone()
         if row:
-            boxes, background, cells = json.loads(row[0])
-            _PAGES[source] = Page(tuple(boxes), tuple(background), np.array(cells, np.uint8))
+            found, background, cells, digest = json.loads(row[0])
+            _PAGES[source] = Page(tuple(found), tuple(background), np.array(cells, np.uint8), digest)
 
 
 def _key(stamp, source):
@@ -325,7 +312,7 @@ def render_pages(sources, pictures=False):
         _PAGES.update(drawn)
         shelf, stamp = _shelf()
         shelf.executemany("insert or ignore into pages values (?, ?)", [
-            (_key(stamp, source), json.dumps([page.boxes, page.background, page.cells.tolist()]))
+            (_key(stamp, source), json.dumps([page.boxes, page.background, page.cells.tolist(), page.digest]))
             for source, page in drawn.items() if not page.failure])
         shelf.commit()
         while len(_PAGES) > 50_000:

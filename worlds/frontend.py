@@ -33,7 +33,8 @@ from simulator import EndpointHuman, Human, make_human
 from worlds import backend
 from worlds.browser import render_pages
 from worlds.pages import COLOUR_WORDS, PAPER, brief, clip_similarity, differences, evidence, figures, headers
-from worlds.pages import page_source, similarity, verdict
+from worlds.pages import similarity, verdict
+from worlds.source import page_source
 
 INSTRUCTIONS = (
     "You are designing a web page for a person who has described it only roughly. In each of your turns, show a "

@@ -14,7 +14,6 @@ Shapes: A boxes of the one page, R of the other.
 import base64
 import functools
 import io
-import re
 import zlib
 from html import escape
 
@@ -23,19 +22,19 @@ import numpy as np
 from env import ANSWER_MARKER
 from machinery.files import InputError
 from worlds.browser import HEIGHT, WIDTH, render_pages
+from worlds.source import page_source
 
 PAPER = dict(zip(("base", "RFT", "multi-turn DPO", "SWEET", "SWEET without c"),
                  ("72.4", "75.2", "76.9", "77.7", "-")))  # Table 2, CLIP cosine
 
 
-def page_source(text):
-    """The page in what an agent wrote: from <html to </html>, or else from the first tag to the last; "" without
-    one."""
-    found = re.search(r"(?:<!doctype[^>]*>\s*)?<html\b.*?(?:</html>|\Z)", text, re.S | re.I)
-    return (found or re.search(r"<.*>|\Z", text, re.S))[0]
-
-
 # ------------------------------------------------------------------ similarity
+
+W_BOXES, W_BACKGROUND, W_CELLS = 0.7, 0.1, 0.2                 # of a page
+W_TEXT, W_PLACE, W_SIZE, W_COLOUR = 0.35, 0.25, 0.15, 0.25     # of a pair of boxes
+FAR = 60.0          # in Lab: colours that far apart have nothing in common
+LEAST_LIKE = 0.4    # boxes less like each other are no pair
+
 
 def lab(rgb):
     """sRGB, 0..255 in the last axis -> CIELAB (D65), in which distances are as large as they look."""
@@ -54,30 +53,42 @@ def letter_pairs(text):
 
 
 def table(page):
-    """A page's boxes as arrays: centre and size [.., 4] (pixels), back and ink (Lab), letter pairs, text or not."""
+    """A page's boxes as arrays: centre and size [A, 4] (pixels), back and ink [A, 2, 3] (Lab), letter pairs [A, 64],
+    text or not [A]."""
     rects = np.array([box["rect"] for box in page.boxes], float).reshape(-1, 4)
-    colours = lab(np.array([[box["back"], box["ink"] if box["text"] else box["back"]] for box in page.boxes],
-                           float).reshape(-1, 2, 3))
+    middles, sizes = rects[:, :2] + rects[:, 2:] / 2, rects[:, 2:]
+    colours = [[box["back"], box["ink"] if box["text"] else box["back"]] for box in page.boxes]
+    colours = lab(np.array(colours, float).reshape(-1, 2, 3))
     pairs = np.array([letter_pairs(box["text"]) for box in page.boxes]).reshape(-1, 64)
-    return np.c_[rects[:, :2] + rects[:, 2:] / 2, rects[:, 2:]], colours, pairs, np.array([bool(b["text"])
-                                                                                          for b in page.boxes], bool)
+    has_text = np.array([bool(box["text"]) for box in page.boxes], bool)
+    return np.concatenate([middles, sizes], -1), colours, pairs, has_text
 
 
-def match(one, other):
-    """Pair the boxes of two pages, best pairs first: [(a, r, likeness in 0..1)], each box at most once."""
-    (place_A, colour_A, pairs_A, text_A), (place_R, colour_R, pairs_R, text_R) = table(one), table(other)
+def likeness(one, other):
+    """How alike each box of the one page and each of the other are: [A, R] in 0..1."""
+    place_A, colour_A, pairs_A, text_A = table(one)
+    place_R, colour_R, pairs_R, text_R = table(other)
     shared_AR = np.minimum(pairs_A[:, None], pairs_R).sum(-1)
     text_AR = 2 * shared_AR / (pairs_A.sum(-1)[:, None] + pairs_R.sum(-1))
     text_AR = np.where(text_A[:, None] & text_R, text_AR, text_A[:, None] == text_R)
     moved_AR = np.abs(place_A[:, None, :2] - place_R[:, :2]) / (WIDTH / 2, HEIGHT)
-    size_AR = (np.minimum(place_A[:, None, 2:], place_R[:, 2:]) / np.maximum(place_A[:, None, 2:], place_R[:, 2:]))
+    smaller_AR = np.minimum(place_A[:, None, 2:], place_R[:, 2:])
+    larger_AR = np.maximum(place_A[:, None, 2:], place_R[:, 2:])
     colour_AR = np.linalg.norm(colour_A[:, None] - colour_R, axis=-1).mean(-1)
-    like_AR = (0.35 * text_AR + 0.25 * (1 - moved_AR.sum(-1)).clip(0) + 0.15 * size_AR.prod(-1)
-               + 0.25 * (1 - colour_AR / 60).clip(0))
-    pairs, free_A, free_R = [], set(range(len(text_A))), set(range(len(text_R)))
+    return (W_TEXT * text_AR
+            + W_PLACE * (1 - moved_AR.sum(-1)).clip(0)
+            + W_SIZE * (smaller_AR / larger_AR).prod(-1)
+            + W_COLOUR * (1 - colour_AR / FAR).clip(0))
+
+
+def match(one, other):
+    """Pair the boxes of two pages, best pairs first: [(a, r, likeness in 0..1)], each box at most once."""
+    like_AR = likeness(one, other)
+    free_A, free_R = set(range(len(one.boxes))), set(range(len(other.boxes)))
+    pairs = []
     for flat in np.argsort(-like_AR, axis=None, kind="stable"):
-        a, r = divmod(int(flat), max(1, len(text_R)))
-        if like_AR[a, r] < 0.4 or not free_A:
+        a, r = divmod(int(flat), max(1, len(other.boxes)))
+        if like_AR[a, r] < LEAST_LIKE or not free_A:
             break
         if a in free_A and r in free_R:
             free_A.remove(a)
@@ -86,17 +97,33 @@ def match(one, other):
     return pairs
 
 
+def size(box):
+    return (box["rect"][2] * box["rect"][3]) ** 0.5
+
+
+def same_picture(one, other):
+    return bool(one.digest) and one.digest == other.digest
+
+
+def cell_colours(page, rows):
+    """Lab of a page's patches, black where it is shorter than these rows."""
+    return lab(np.pad(page.cells, ((0, rows - len(page.cells)), (0, 0), (0, 0))))
+
+
 def similarity(one, other):
     """How alike two pages look: 1 for the same looks, 0 where one of them shows nothing."""
     if not one.boxes or not other.boxes:
         return 0.0
-    weight_A, weight_R = ([(box["rect"][2] * box["rect"][3]) ** 0.5 for box in page.boxes] for page in (one, other))
-    boxes = sum((weight_A[a] + weight_R[r]) * like for a, r, like in match(one, other)) / sum(weight_A + weight_R)
-    background = max(0.0, 1 - np.linalg.norm(lab(one.background) - lab(other.background)) / 60)
+    if same_picture(one, other):
+        return 1.0
+    weight_A, weight_R = (list(map(size, page.boxes)) for page in (one, other))
+    matched = sum((weight_A[a] + weight_R[r]) * like for a, r, like in match(one, other))
+    boxes = matched / sum(weight_A + weight_R)
+    background = max(0.0, 1 - np.linalg.norm(lab(one.background) - lab(other.background)) / FAR)
     rows = max(len(one.cells), len(other.cells))
-    lab_A, lab_R = (lab(np.pad(p.cells, ((0, rows - len(p.cells)), (0, 0), (0, 0)))) for p in (one, other))
-    cells = (1 - np.linalg.norm(lab_A - lab_R, axis=-1) / 60).clip(0).mean()
-    return round(float(0.7 * boxes + 0.1 * background + 0.2 * cells), 6)
+    apart = np.linalg.norm(cell_colours(one, rows) - cell_colours(other, rows), axis=-1)
+    cells = (1 - apart / FAR).clip(0).mean()
+    return round(float(W_BOXES * boxes + W_BACKGROUND * background + W_CELLS * cells), 6)
 
 
 # ------------------------------------------------------------------ differences, in words
@@ -108,8 +135,13 @@ COLOUR_WORDS = {
     "teal": (20, 140, 140), "blue": (37, 99, 235), "light blue": (200, 222, 250), "dark blue": (30, 50, 130),
     "purple": (126, 40, 205), "light purple": (222, 205, 250), "brown": (120, 70, 30)}
 NOUNS = {"nav": "navigation bar", "header": "header", "footer": "footer", "aside": "sidebar", "button": "button",
-         "img": "picture", "svg": "picture", "input": "field", "textarea": "field", "select": "field", "a": "link",
-         "h1": "heading", "h2": "heading", "h3": "heading", "h4": "heading", "hr": "line", "li": "list item"}
+         "input": "field", "textarea": "field", "select": "field", "a": "link", "h1": "heading", "h2": "heading",
+         "h3": "heading", "h4": "heading", "li": "list item"}
+QUOTED = ("heading", "text", "button", "link", "list item", "box", "field")
+THIN = 4            # pixels: a box that is not thicker is a line
+APART = 8.0         # in Lab: colours nearer than this are not told apart, whatever they are called
+ALIKE = 0.9         # boxes of different kinds with the same text and this likeness are the same to the eye
+LARGER = 4 / 3      # times as large a font, from which on a person sees it
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -118,15 +150,29 @@ def colour_word(rgb):
     return list(COLOUR_WORDS)[int(distances.argmin())]
 
 
+def colour_of(box, part):
+    """What a person calls the "back" or the "ink" of a box."""
+    return colour_word(tuple(box[part]))
+
+
+def told_apart(one, other):
+    """Would a person give two colours different names?"""
+    return (colour_word(tuple(one)) != colour_word(tuple(other))
+            and bool(np.linalg.norm(lab(one) - lab(other)) >= APART))
+
+
 def noun(box):
     """What a person calls a box."""
+    if not box["text"] and min(box["rect"][2:]) <= THIN:
+        return "line"
+    if box["tag"] in ("a", "button"):
+        return "button" if box["solid"] else "link" if box["tag"] == "a" else "text"
     plain = "box" if box["solid"] else "picture" if box["picture"] else "text"
-    return "button" if box["tag"] == "a" and box["solid"] else NOUNS.get(box["tag"], plain)
+    return NOUNS.get(box["tag"], plain)
 
 
 def name(box):
-    quoted = box["text"] and noun(box) in ("heading", "text", "button", "link", "list item", "box", "field")
-    return f"{noun(box)} \"{box['text'][:40]}\"" if quoted else noun(box)
+    return f"{noun(box)} \"{box['text'][:40]}\"" if box["text"] and noun(box) in QUOTED else noun(box)
 
 
 def place(box, page):
@@ -138,48 +184,89 @@ def place(box, page):
             + (" on the left" if across < 1 / 3 else "" if across < 2 / 3 else " on the right"))
 
 
+def same_kind(draft, wish, pair):
+    a, r, like = draft.boxes[pair[0]], wish.boxes[pair[1]], pair[2]
+    return noun(a) == noun(r) or a["text"] == r["text"] and like >= ALIKE
+
+
+def longest_rows(page):
+    """{noun: how many of these stand side by side at most}."""
+    rows = {}
+    for box in page.boxes:
+        rows[noun(box)] = max(rows.get(noun(box), 1), box["row"])
+    return rows
+
+
+def jumps(draft, wish, pairs):
+    """For each pair, over how many others its box jumped, from top to bottom."""
+    in_draft = sorted(pairs, key=lambda pair: draft.boxes[pair[0]]["rect"][1])
+    in_wish = sorted(pairs, key=lambda pair: wish.boxes[pair[1]]["rect"][1])
+    return [abs(in_draft.index(pair) - in_wish.index(pair)) for pair in pairs]
+
+
+# Each yields (weight, sentence); the weight is the root of an area, times how much the kind of difference strikes.
+
+def background_differences(draft, wish):
+    if told_apart(draft.background, wish.background):
+        wanted, found = colour_word(tuple(wish.background)), colour_word(tuple(draft.background))
+        yield 0.5 * (WIDTH * HEIGHT) ** 0.5, f"The page background should be {wanted}, not {found}."
+
+
+def place_differences(draft, wish, pairs):
+    rows_draft, rows_wish = longest_rows(draft), longest_rows(wish)
+    for (i, k, _), jump in zip(pairs, jumps(draft, wish, pairs)):
+        a, r = draft.boxes[i], wish.boxes[k]
+        wanted = rows_wish[noun(r)]
+        if noun(a) == noun(r) and rows_draft[noun(a)] != wanted:
+            stand = f"{wanted} side by side" if wanted > 1 else "one under the other"
+            yield size(r), f"The {'boxes' if noun(r) == 'box' else noun(r) + 's'} should stand {stand}."
+        elif 3 * jump > len(pairs) and place(a, draft) != place(r, wish):
+            yield size(r), f"The {name(r)} should be {place(r, wish)}, not {place(a, draft)}."
+
+
+def colour_differences(a, r):
+    if (a["solid"] or r["solid"]) and told_apart(a["back"], r["back"]):
+        yield 0.7 * size(r), f"The {name(r)} should be {colour_of(r, 'back')}, not {colour_of(a, 'back')}."
+
+
+def text_differences(a, r):
+    if not a["text"] or not r["text"]:
+        return
+    if a["text"] != r["text"]:
+        yield 0.6 * size(r), f"The {noun(r)} \"{a['text'][:40]}\" should say \"{r['text'][:60]}\"."
+    if told_apart(a["ink"], r["ink"]):
+        yield 0.3 * size(r), f"The letters of the {name(r)} should be {colour_of(r, 'ink')}."
+    if not 1 / LARGER < a["font"] / r["font"] < LARGER:
+        yield 0.3 * size(r), f"The {name(r)} should be {'larger' if a['font'] < r['font'] else 'smaller'}."
+
+
+def missing(wish, matched):
+    for k in set(range(len(wish.boxes))) - matched:
+        box = wish.boxes[k]
+        colour = f"{colour_of(box, 'back')} " if box["solid"] else ""
+        yield size(box), f"There should be a {colour}{name(box)} {place(box, wish)}."
+
+
+def superfluous(draft, matched):
+    for i in set(range(len(draft.boxes))) - matched:
+        yield 0.8 * size(draft.boxes[i]), f"There should be no {name(draft.boxes[i])}."
+
+
 def differences(draft, wish):
     """Every difference between two drawn pages that a person would name, most outstanding first: sentences about the
-    draft."""
+    draft; none where both are the same picture."""
+    if same_picture(draft, wish):
+        return []
+    pairs = [pair for pair in match(draft, wish) if same_kind(draft, wish, pair)]
+    found = [*background_differences(draft, wish), *place_differences(draft, wish, pairs)]
+    for i, k, _ in pairs:
+        found += colour_differences(draft.boxes[i], wish.boxes[k])
+        found += text_differences(draft.boxes[i], wish.boxes[k])
+    found += missing(wish, {k for _, k, _ in pairs})
+    found += superfluous(draft, {i for i, _, _ in pairs})
     said = {}
-    pairs = [(a, r) for a, r, _ in match(draft, wish) if noun(draft.boxes[a]) == noun(wish.boxes[r])]
-
-    def say(weight, sentence):
+    for weight, sentence in found:
         said[sentence] = said.get(sentence, 0.0) + weight
-
-    def size(box):
-        return (box["rect"][2] * box["rect"][3]) ** 0.5
-    if colour_word(draft.background) != colour_word(wish.background):
-        say(0.5 * (WIDTH * HEIGHT) ** 0.5, f"The page background should be {colour_word(wish.background)}, not "
-                                           f"{colour_word(draft.background)}.")
-    rows = [{noun(b): max(c["row"] for c in page.boxes if noun(c) == noun(b)) for b in page.boxes}
-            for page in (draft, wish)]
-    order = [sorted(pairs, key=lambda pair: page.boxes[pair[side]]["rect"][1])
-             for side, page in ((0, draft), (1, wish))]
-    for pair in pairs:
-        a, r = draft.boxes[pair[0]], wish.boxes[pair[1]]
-        jump = abs(order[0].index(pair) - order[1].index(pair))
-        if rows[0][noun(a)] != rows[1][noun(a)]:
-            wished = f"{rows[1][noun(a)]} side by side" if rows[1][noun(a)] > 1 else "one under the other"
-            say(size(r), f"The {'boxes' if noun(r) == 'box' else noun(r) + 's'} should stand {wished}.")
-        elif 3 * jump > len(pairs) and place(a, draft) != place(r, wish):
-            say(size(r), f"The {name(r)} should be {place(r, wish)}, not {place(a, draft)}.")
-        if colour_word(tuple(a["back"])) != colour_word(tuple(r["back"])) and (r["solid"] or a["solid"]):
-            say(0.7 * size(r), f"The {name(r)} should be {colour_word(tuple(r['back']))}, not "
-                               f"{colour_word(tuple(a['back']))}.")
-        if a["text"] and r["text"]:
-            if a["text"] != r["text"]:
-                say(0.6 * size(r), f"The {noun(r)} \"{a['text'][:40]}\" should say \"{r['text'][:60]}\".")
-            if colour_word(tuple(a["ink"])) != colour_word(tuple(r["ink"])):
-                say(0.3 * size(r), f"The letters of the {name(r)} should be {colour_word(tuple(r['ink']))}.")
-            if not 0.75 < a["font"] / r["font"] < 1.33:
-                say(0.3 * size(r), f"The {name(r)} should be {'larger' if a['font'] < r['font'] else 'smaller'}.")
-    for gone in set(range(len(wish.boxes))) - {r for _, r in pairs}:
-        box = wish.boxes[gone]
-        colour = f"{colour_word(tuple(box['back']))} " if box["solid"] else ""
-        say(size(box), f"There should be a {colour}{name(box)} {place(box, wish)}.")
-    for more in set(range(len(draft.boxes))) - {a for a, _ in pairs}:
-        say(0.8 * size(draft.boxes[more]), f"There should be no {name(draft.boxes[more])}.")
     return sorted(said, key=lambda sentence: (-said[sentence], sentence))
 
 
