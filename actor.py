@@ -99,7 +99,8 @@ def noise(keys, max_tokens):
 
 def pick(logits_BV, noise_B, temperature=1.0, top_p=1.0):
     """One token a row, by inverting the cumulative distribution at noise_B. top_p keeps the smallest set of most
-    likely tokens whose probability reaches top_p (the token that crosses the line included)."""
+    likely tokens whose probability reaches top_p (the token that crosses the line included). InputError where a row
+    has no distribution, its logits not being finite."""
     probs_BV = (logits_BV.float() / temperature).softmax(-1)
     if top_p < 1.0:
         sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
@@ -107,6 +108,9 @@ def pick(logits_BV, noise_B, temperature=1.0, top_p=1.0):
         probs_BV = probs_BV.masked_fill(dropped_BV.scatter(-1, order_BV, dropped_BV), 0.0)
     cumulative_BV = probs_BV.cumsum(-1)
     total_B1 = cumulative_BV[:, -1:]
+    if not total_B1.isfinite().all():
+        raise InputError(f"the model's logits, at temperature {temperature:g}, are not finite; train it anew, with a "
+                         "lower learning rate, or take another --model")
     point_B1 = torch.minimum(noise_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
     return torch.searchsorted(cumulative_BV, point_B1, right=True).squeeze(-1)
 
@@ -195,11 +199,12 @@ def play_tasks(model, tokenizer, tasks, human, keys, cfg, grade=grade, instructi
              "reward": rewards[id(env)]} if id(env) in rewards else None for env in envs]
 
 
-def check_tasks(model, tokenizer, tasks, cfg):
-    """InputError, before any work, where a task's first prompt, with c, is too long for the model."""
+def check_tasks(model, tokenizer, tasks, cfg, with_c=True):
+    """InputError, before any work, where a task's first prompt, perhaps with c, is too long for the model."""
     for i, task in enumerate(tasks):
-        ids, _ = render(tokenizer, DialogueEnv(cfg.max_turns).reset(task), task.ground_truth)
-        check_context(model, len(ids) + cfg.max_tokens, f"task {i + 1}, its reference and one turn")
+        ids, _ = render(tokenizer, DialogueEnv(cfg.max_turns).reset(task), task.ground_truth if with_c else None)
+        check_context(model, len(ids) + cfg.max_tokens,
+                      f"{task.where}: task {i + 1}{', its reference' * with_c} and one turn")
 
 
 def bare(messages):

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from env import ANSWER_MARKER, Task, render
-from machinery.train import arg, fit
+from machinery.train import arg, check_finite, fit
 from kernels.logprob import add_reference, agent_tokens, lay_out, pad_turns, reference_sums, turn_logprobs
 
 
@@ -144,7 +144,9 @@ def score_reference(model, tokenizer, states):
     policy."""
     for key, use_reference in (("ref_sum", True), ("ref_sum_without_c", False)):
         views = [view for state in states for view in candidate_views(tokenizer, state, use_reference)]
-        sums = iter(reference_sums(model, views))
+        sums = reference_sums(model, views)
+        check_finite([row[0] for row in sums], model.name_or_path)
+        sums = iter(sums)
         for candidate in (c for state in states for c in state["candidates"]):
             candidate[key] = next(sums)[0]
 
@@ -163,7 +165,9 @@ def rank(model, tokenizer, states, cfg):
     ref_N1 = torch.tensor([[c[ref_key]] for c in candidates])
     lengths_N1 = torch.tensor([[float(len(c["output_ids"]))] for c in candidates])
     advantages_N1 = turn_advantages(sums_N1, ref_N1, lengths_N1, "none" if cfg.normalize == "none" else "turn")
-    for candidate, advantage in zip(candidates, advantages_N1.squeeze(-1).tolist()):
+    advantages = advantages_N1.squeeze(-1).tolist()
+    check_finite(advantages, model.name_or_path)
+    for candidate, advantage in zip(candidates, advantages):
         candidate["advantage"] = round(advantage, 6)
 
 

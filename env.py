@@ -86,7 +86,7 @@ def read_trajectories(path, tokenizer=None):
         history = [{key: m[key] for key in ("role", "content", "output_ids") if m.get(key) is not None}
                    for m in record["dialogue_history"]]
         yield {"task": Task.from_record(record["task"], where).to_record(), "dialogue_history": history,
-               "reward": float(record["reward"])}
+               "reward": float(record["reward"]), "where": where}
 
 
 # ------------------------------------------------------------------ dialogue

@@ -15,8 +15,7 @@ or network; what models wrote is escaped. Exercised by `python sweet.py report`,
 Shapes: R resamples, S runs (seeds), N task results of all runs.
 """
 
-import json
-import os
+import sys
 from html import escape
 from pathlib import Path
 from string import Template
@@ -24,7 +23,7 @@ from string import Template
 import numpy as np
 
 from env import ANSWER_MARKER
-from machinery.files import InputError
+from machinery.files import InputError, put_text, read_json
 from machinery.schema import evaluation, read_records
 from worlds import backend
 
@@ -33,11 +32,6 @@ SWEET = "rollout critic samples candidates pairs actor"  # the stages that a met
 STAGES = dict(zip(METHODS, ("", "rollout rft", "rollout multiturn", SWEET, SWEET)))
 FOLDERS = {"with c": "", "without c": "no-reference"}  # under a run; without c, what follows the critic is its own
 CREDIT = (("question", "auc", "states"), ("answer", "auc", "states"), ("monte_carlo", "accuracy", "pairs"))
-
-
-def read_json(path, default=None):
-    """The content of a JSON file, or the default where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
 
 
 # ------------------------------------------------------------------ did it work?
@@ -352,10 +346,11 @@ def write(root, out, dialogues=8, world=backend):
         "Dialogues on held-out tasks": dialogues_section(root, own, dialogues, world),
     }
     files = sorted(root.glob("settings/*.json")) + sorted(own.glob("settings/*.json"))
-    settings = {k: v for path in files for k, v in read_json(path).items()}
+    settings = {k: v for path in files for k, v in read_json(path, {}).items()}
     text = escape("\n".join(f"{name} = {value}" for name, value in sorted(settings.items())))
     body = "".join(f"<h2>{title}</h2>{section}" for title, section in sections.items())
     page = PAGE.substitute(name=escape(root.name), sections=body, settings=text)
-    partial = Path(f"{out}.partial")
-    partial.write_bytes(page.encode("utf-8", "replace"))  # a lone surrogate from a model becomes "?"
-    os.replace(partial, out)
+    try:
+        put_text(out, page)
+    except OSError as error:  # a run that can only be read has its table all the same
+        print(f"sweet: note: {out} cannot be written ({error.strerror})", file=sys.stderr)

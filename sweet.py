@@ -21,36 +21,39 @@ Stages hand each other files under runs/NAME/, never hidden state:
     report      report.html         what the run learned
 
 A stage that is done is skipped; a stage that was killed goes on where it was; files made with other settings are
-refused. Hyper-parameters: one dataclass a stage, beside the code that uses it; every field is a flag, and --help
-shows the paper's value beside ours.
+refused, and so is a second process on the same folder. Hyper-parameters: one dataclass a stage, beside the code that
+uses it; every field is a flag, and --help shows the paper's value beside ours.
 """
-import argparse
 import copy
 import dataclasses
-import json
 import os
 import random
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from machinery.process import InUse, alone, one_line, stop_on_signals
+
+if __name__ == "__main__":
+    stop_on_signals()  # already while the slow imports run
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait are slow on a busy machine
 
 import torch
-from tqdm import tqdm
 
 import actor
 import critic
 import report
-from env import DialogueEnv
+from env import ANSWER_MARKER, DialogueEnv
 from env import load_tasks, read_trajectories, render
 from machinery import schema
-from machinery.files import fingerprint, forgive, holds_something, InputError, JsonlWriter, write_groups, write_json
+from machinery.files import InputError, JsonlWriter, forgive, put_text, read_json, write_groups, write_json
+from machinery.flags import make_parser, read_settings
+from machinery.reasons import why_no_pair, why_no_success, why_no_turn_pair
+from machinery.seeds import run_seeds
 from machinery.server import Server
-from machinery.train import ONE_GPU, SMOKE, Given, Machine, arg, check_values, flag_of, load_model, save_to
+from machinery.settings import Record, check_tasks_given, flat, no_held_out
+from machinery.train import Given, Machine, arg, check_finite, check_states, check_views, load_model, save_to
 from kernels.prefix import use_plain_path
 from simulator import ConsoleHuman
 from worlds import backend, frontend
@@ -90,8 +93,7 @@ METHODS = {"base": "base", "rft": "RFT", "multiturn": "multi-turn DPO", "actor":
 # ------------------------------------------------------------------ a run
 
 class Run:
-    """Where the files of a run are, and the rule that keeps them apart: a stage's settings are written when it starts,
-    together with those of all stages before it, and whoever comes later with other ones is refused."""
+    """Where the files of a run are, what they are made from, and the settings that they are made with."""
 
     def __init__(self, options, settings):
         self.options, self.settings, self.seed = options, settings, options.seed
@@ -100,35 +102,38 @@ class Run:
         self.grade = self.world.grader(self.given.clip, settings["rollout"].call_seconds)
         self.rules = {"grade": self.grade, "instructions": self.world.INSTRUCTIONS}
         self.variant = self.root if settings["critic"].reference else self.root / "no-reference"
+        left_out = set()
+        if self.variant != self.root:  # what does not depend on c is trained and evaluated with c
+            left_out |= {"rft", "multiturn"}
+        if no_held_out(self.given):
+            left_out |= {"eval", "credit"}
+        self.stages = {name: dataclasses.replace(stage, after=[n for n in stage.after if n not in left_out])
+                       for name, stage in STAGES.items()}
+        words = [flat(s, task=options.task, seed=self.seed) for s in (settings, settings_of(options, flags=False))]
+        self.record = Record(self.stages, *words, self.outputs)
 
     def path(self, name):
         """A file of the run. What depends on whether the critic reads c lies in a folder of its own when it does
         not."""
         if name == "trajectories.jsonl" and self.given.trajectories:
             return Path(self.given.trajectories)
-        own = name.split(".")[0] in ("critic", "candidates", "pairs", "actor", "eval", "credit")
-        return (self.variant if own else self.root) / name
+        return (self.variant if self.is_variant(name) else self.root) / name
+
+    def is_variant(self, name):
+        return name.split(".")[0] in ("critic", "candidates", "pairs", "actor", "eval", "credit")
+
+    def outputs(self, stage):
+        """Where a stage leaves its files: in this run, and with or without c, if that is elsewhere. Nowhere if they are
+        given."""
+        name = STAGES[stage].output
+        if stage == "base" and self.given.model or stage == "rollout" and self.given.trajectories:
+            return []
+        other = self.root / "no-reference" if self.variant == self.root else self.root
+        return [self.path(name), other / name] if self.is_variant(name) else [self.path(name)]
 
     def claim(self, stage):
-        """Refuse to mix: compare the settings that `stage` stands on with those its files were begun with."""
-        mine = {"task": self.options.task, "seed": self.seed,
-                **{key: getattr(self.machine, key) for key in ("dtype", "attention", "lora")}}
-        for name in STAGES[stage].needs:
-            group, _, one = name.partition(".")
-            values = dataclasses.asdict(self.settings[group])
-            mine |= {one: fingerprint(values[one])} if one else {f"{group}.{key}": v for key, v in values.items()}
-        if "://" in (mine.get("human") or ""):  # a server may move to another address, its model may not change
-            mine["human"] = f"server: {self.settings['human'].model}"
-        output = self.path(STAGES[stage].output)
-        file = output.parent / "settings" / f"{stage}.json"
-        if file.exists() and any(map(holds_something, output.parent.glob(f"{output.name}*"))):
-            theirs = json.loads(file.read_text(encoding="utf-8"))
-            for key in sorted(set(mine) | set(theirs)):
-                if mine.get(key) != theirs.get(key):
-                    raise InputError(f"{file}: this run's {stage} was made with {key} = {theirs.get(key)!r}, now it is "
-                                     f"{mine.get(key)!r}; use another --run, or delete {output}* and what follows it")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, mine)
+        """Refuse to mix files that were made with different settings (machinery/settings.py)."""
+        self.record.claim(stage)
 
     def model(self, name, train=False):
         path = self.given.model if name == "base" and self.given.model else self.path(name)
@@ -159,6 +164,7 @@ def stage_base(run):
     model, tokenizer = run.world.new_model(cfg, run.seed)
     documents = run.world.documents(cfg.documents, run.seed)
     views = [render(tokenizer, messages, reference) for messages, reference in documents]
+    check_views(model, views, ["a dialogue of the demonstrator"] * len(views))
     actor.train_imitation(model, views, run.path("base"), cfg, run.seed, save_to(model, tokenizer), "base")
 
 
@@ -176,20 +182,28 @@ def stage_rollout(run):
                  run.machine.rows, group, "rollout")
 
 
-def better_and_worse(run, tokenizer, per_task):
-    margin = run.settings["pairs"].margin
-    pairs = critic.trajectory_pairs(run.trajectories(tokenizer), per_task, margin, random.Random(f"pairs {run.seed}"))
+def better_and_worse(run, per_task, model, tokenizer, view):
+    """Pairs of offline dialogues. view(trajectory): what `model` will read of it."""
+    margin, found = run.settings["pairs"].margin, list(run.trajectories(tokenizer))
+    pairs = critic.trajectory_pairs(found, per_task, margin, random.Random(f"pairs {run.seed}"))
     if not pairs:
-        raise InputError(f"{run.path('trajectories.jsonl')}: no task has both a successful and a failed dialogue: "
-                         "nothing to learn from; roll out more (--rollout-per-task) or start from a better --model")
+        nothing(run, "trajectories.jsonl", "pair",
+                why_no_pair(found, run.settings["rollout"], ANSWER_MARKER, run.given.trajectories, margin))
+    used = [trajectory for pair in pairs for trajectory in pair]
+    check_views(model, map(view, used), [trajectory["where"] for trajectory in used])
     return pairs
+
+
+def nothing(run, name, what, why):
+    raise InputError(f"{run.path(name)}: no {what} to learn from: {why}")
 
 
 def stage_critic(run):
     model, tokenizer = run.model("base", train=True)
-    pairs = better_and_worse(run, tokenizer, run.settings["pairs"].per_task)
-    critic.train(model, tokenizer, pairs, run.path("critic"), run.settings["critic"], run.seed,
-                 save_to(model, tokenizer))
+    cfg = run.settings["critic"]
+    pairs = better_and_worse(run, run.settings["pairs"].per_task, model, tokenizer,
+                             lambda trajectory: critic.critic_view(tokenizer, trajectory, cfg.reference))
+    critic.train(model, tokenizer, pairs, run.path("critic"), cfg, run.seed, save_to(model, tokenizer))
 
 
 def stage_samples(run):
@@ -197,11 +211,17 @@ def stage_samples(run):
     model, tokenizer = run.model("base")
     if run.given.candidates:
         states = actor.read_candidates(tokenizer, run.given.candidates)
+        names = [f"{run.given.candidates}, state {i}" for i in range(1, len(states) + 1)]
     else:
-        states = [{"task": t["task"], "messages": t["dialogue_history"][:turn]} for t in run.trajectories(tokenizer)
-                  for turn in range(1, len(t["dialogue_history"]), 2)]
-        chosen = rng.sample(range(len(states)), min(cfg.states, len(states)))
-        states = [states[i] for i in sorted(chosen)]  # in order, so that states of one task share what they can
+        states, names = [], []
+        for trajectory in run.trajectories(tokenizer):
+            for turn in range(1, len(trajectory["dialogue_history"]), 2):
+                states.append({"task": trajectory["task"], "messages": trajectory["dialogue_history"][:turn]})
+                names.append(f"{trajectory['where']}, its reference and turn {turn // 2 + 1}")
+        chosen = sorted(rng.sample(range(len(states)), min(cfg.states, len(states))))
+        # in order, so that states of one task share what they can
+        states, names = [states[i] for i in chosen], [names[i] for i in chosen]
+    check_states(model, tokenizer, states, names, run.settings["rollout"].max_tokens)
 
     def group(part, first):
         part, keys = copy.deepcopy(part), [(run.seed, "samples", first + i) for i in range(len(part))]
@@ -223,44 +243,58 @@ def stage_candidates(run):
 
 
 def stage_pairs(run):
-    rng, cfg = random.Random(f"turn pairs {run.seed}"), run.settings["pairs"]
-    writer = JsonlWriter(run.path("pairs.jsonl"), 10 ** 9)
+    rng, cfg, found = random.Random(f"turn pairs {run.seed}"), run.settings["pairs"], []
     for state in run.records("candidates.jsonl", schema.state("advantage")):
         turns = state["candidates"]
         advantages, counts = [c["advantage"] for c in turns], [c.get("count", 1) for c in turns]
+        check_finite(advantages, run.path("candidates.jsonl"))
         for pair in actor.turn_pairs(advantages, counts, cfg.per_state, rng):
             chosen, rejected = ([{"role": "assistant", **{key: turns[i][key] for key in ("content", "output_ids")}}]
                                 for i in pair)
-            writer.write([{"prompt": state["messages"], "chosen": chosen, "rejected": rejected,
-                           "advantages": [advantages[i] for i in pair]}])
+            found.append({"prompt": state["messages"], "chosen": chosen, "rejected": rejected,
+                          "advantages": [advantages[i] for i in pair]})
+    if not found:
+        states = list(run.records("candidates.jsonl", schema.state("advantage")))
+        nothing(run, "candidates.jsonl", "pair of turns",
+                why_no_turn_pair(states, run.settings["candidates"].n, run.given.candidates))
+    writer = JsonlWriter(run.path("pairs.jsonl"), 10 ** 9)
+    writer.write(found)
     writer.close()
 
 
 def stage_actor(run):
     model, tokenizer = run.model("base", train=True)
+    pairs = list(run.records("pairs.jsonl", schema.pair()))
+    if not pairs:
+        raise InputError(f"{run.path('pairs.jsonl')}: holds no pair; delete it, and the same command says why")
     examples = [{side: actor.turn_view(tokenizer, pair["prompt"], pair[side][0]) for side in ("chosen", "rejected")}
-                for pair in run.records("pairs.jsonl", schema.pair())]
-    if not examples:
-        raise InputError(f"{run.path('pairs.jsonl')}: holds no pair; sample more candidates (--candidates-states)")
+                for pair in pairs]
+    for i, example in enumerate(examples, 1):
+        check_views(model, example.values(), [f"{run.path('pairs.jsonl')}, line {i}"] * 2)
     actor.train_preferences(model, examples, run.path("actor"), run.settings["actor"], run.seed,
                             save_to(model, tokenizer), "actor")
 
 
 def stage_rft(run):
     model, tokenizer = run.model("base", train=True)
-    views = [render(tokenizer, t["dialogue_history"]) for t in run.world.successes(run.trajectories(tokenizer))]
-    if not views:
-        raise InputError(f"{run.path('trajectories.jsonl')}: no successful dialogue to imitate; roll out more of them "
-                         "(--rollout-per-task), or start from a better --model")
+    found = list(run.trajectories(tokenizer))
+    won = run.world.successes(found)
+    if not won:
+        nothing(run, "trajectories.jsonl", "successful dialogue",
+                why_no_success(found, run.settings["rollout"], ANSWER_MARKER, run.given.trajectories))
+    views = [render(tokenizer, trajectory["dialogue_history"]) for trajectory in won]
+    check_views(model, views, [trajectory["where"] for trajectory in won])
     actor.train_imitation(model, views, run.path("rft"), run.settings["rft"], run.seed, save_to(model, tokenizer),
                           "rft")
 
 
 def stage_multiturn(run):
     model, tokenizer = run.model("base", train=True)
-    pairs = better_and_worse(run, tokenizer, run.settings["multiturn"].per_task)
-    examples = [{"chosen": render(tokenizer, better["dialogue_history"]),
-                 "rejected": render(tokenizer, worse["dialogue_history"])} for better, worse in pairs]
+
+    def view(trajectory):
+        return render(tokenizer, trajectory["dialogue_history"])
+    pairs = better_and_worse(run, run.settings["multiturn"].per_task, model, tokenizer, view)
+    examples = [{"chosen": view(better), "rejected": view(worse)} for better, worse in pairs]
     actor.train_preferences(model, examples, run.path("multiturn"), run.settings["multiturn"], run.seed,
                             save_to(model, tokenizer), "multiturn")
 
@@ -275,6 +309,7 @@ def stage_eval(run):
         if method not in loaded:
             loaded.clear()
             loaded[method] = run.model(method)
+            actor.check_tasks(*loaded[method], tasks, run.settings["rollout"], with_c=False)
         played = actor.play_tasks(*loaded[method], [tasks[i] for _, _, i in part], run.human(),
                                   [(run.seed, "eval", i) for _, _, i in part], run.settings["rollout"], top_p=top_p,
                                   **run.rules)
@@ -287,6 +322,7 @@ def stage_credit(run):
     cfg, rng, play = run.settings["credit"], random.Random(f"credit {run.seed}"), run.settings["rollout"]
     tasks, human = run.held_out()[:cfg.states], run.human()
     model, tokenizer = run.model("base")
+    actor.check_tasks(model, tokenizer, tasks, play)
     states = []
     keys = [(run.seed, "credit", i) for i in range(len(tasks))]
     for trajectory in actor.play_tasks(model, tokenizer, tasks, human, keys, play, **run.rules):
@@ -310,52 +346,53 @@ def stage_report(run):
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage runs and leaves behind, the stages it reads from, and the hyper-parameters (whole groups, or one
-    as group.name) that it adds to theirs."""
+    """What a stage runs and leaves behind, the stages it reads from, and the settings that its files depend on, beside
+    those that the files of these stages do. `given`: what the user may bring in its place; the settings that do not
+    matter then are `replaced`."""
     work: object
     output: str
     after: tuple = ()
     own: tuple = ()
-
-    @property
-    def needs(self):
-        return sorted({*self.own, *(name for stage in self.after for name in STAGES[stage].needs)})
+    given: str = ""
+    replaced: tuple = ()
 
 
+LOADED = ("dtype", "attention")
+TRAINED = (*LOADED, "lora")
+PLAYED = ("human", "clip", "rollout.max_turns", "rollout.max_tokens", "rollout.call_seconds")
+FITTED = tuple(f"critic.{f.name}" for f in dataclasses.fields(critic.Critic) if f.name != "rank_against")
 STAGES = {
-    "base": Stage(stage_base, "base", (), ("base", "given.model")),
-    "rollout": Stage(stage_rollout, "trajectories.jsonl", ("base",),
-                     ("rollout", "given.tasks", "given.human", "given.clip", "given.trajectories")),
-    "critic": Stage(stage_critic, "critic", ("rollout",), ("pairs", "critic")),
-    "samples": Stage(stage_samples, "samples.jsonl", ("rollout",), ("candidates", "given.candidates")),
-    "candidates": Stage(stage_candidates, "candidates.jsonl", ("critic", "samples")),
-    "pairs": Stage(stage_pairs, "pairs.jsonl", ("candidates",)),
-    "actor": Stage(stage_actor, "actor", ("pairs",), ("actor",)),
-    "rft": Stage(stage_rft, "rft", ("rollout",), ("rft",)),
-    "multiturn": Stage(stage_multiturn, "multiturn", ("rollout",), ("pairs", "multiturn")),
-    "eval": Stage(stage_eval, "eval.jsonl", ("actor", "rft", "multiturn"), ("eval", "given.heldout")),
-    "credit": Stage(stage_credit, "credit.json", ("critic",), ("eval", "given.heldout", "candidates", "credit")),
-    "report": Stage(stage_report, "report.html", ("eval", "credit")),
+    "base": Stage(stage_base, "base", (), ("model",), "model", ("base.*",)),
+    "rollout": Stage(stage_rollout, "trajectories.jsonl", ("base",), ("trajectories",), "trajectories",
+                     ("tasks", "human", "clip", "rollout.*", *LOADED)),
+    "critic": Stage(stage_critic, "critic", ("rollout",), ("pairs.per_task", "pairs.margin", *FITTED, *TRAINED)),
+    "samples": Stage(stage_samples, "samples.jsonl", ("rollout",), ("candidates", *LOADED), "candidates",
+                     ("candidates.*", "rollout.max_tokens")),
+    "candidates": Stage(stage_candidates, "candidates.jsonl", ("critic", "samples"), ("critic.rank_against",)),
+    "pairs": Stage(stage_pairs, "pairs.jsonl", ("candidates",), ("pairs.per_state",)),
+    "actor": Stage(stage_actor, "actor", ("pairs",), ("actor.*",)),
+    "rft": Stage(stage_rft, "rft", ("rollout",), ("rft.*", *TRAINED)),
+    "multiturn": Stage(stage_multiturn, "multiturn", ("rollout",), ("pairs.margin", "multiturn.*", *TRAINED)),
+    "eval": Stage(stage_eval, "eval.jsonl", ("actor", "rft", "multiturn"), ("eval.*", "heldout", *PLAYED)),
+    "credit": Stage(stage_credit, "credit.json", ("critic",), (
+        "eval.tasks", "eval.split", "heldout", "candidates.n", "critic.rank_against", "credit.*", *PLAYED)),
+    "report": Stage(stage_report, "report.html", ("actor", "rft", "multiturn", "eval", "credit")),
 }
 
 
 def run_stage(run, name):
     """Run a stage unless it is done, after the stages it reads from; writes down how long it took."""
-    stage = STAGES[name]
+    stage, output = run.stages[name], run.path(STAGES[name].output)
+    run.claim(name)
     for earlier in stage.after:
-        if run.variant == run.root or earlier not in ("rft", "multiturn"):
-            run_stage(run, earlier)
-    if name == "base" and run.given.model or name == "rollout" and run.given.trajectories:
+        run_stage(run, earlier)
+    if not run.outputs(name) or output.exists() and name != "report":  # given; a report is made anew
         return
-    if name != "report":  # a report is made anew, of whatever is there
-        run.claim(name)
-        if run.path(stage.output).exists():
-            return
-    start = time.monotonic()
+    start, run.options.running = time.monotonic(), name
     stage.work(run)
-    file = run.path(stage.output).parent / "seconds.json"
-    spent = json.loads(file.read_text()) if file.exists() else {}
-    write_json(file, {**spent, name: round(time.monotonic() - start, 1)})
+    run.options.running, file = "", output.parent / "seconds.json"
+    if name != "report":
+        write_json(file, {**read_json(file, {}), name: round(time.monotonic() - start, 1)})
 
 
 # ------------------------------------------------------------------ play and table
@@ -378,64 +415,47 @@ def play(run):
         print(f"  turn {k + 1}  {advantage:+.2f}  {env.messages[2 * k + 1]['content'][:90]!r}")
 
 
-def table(argv, options, cfg):
+def table(argv, options, run, cfg):
     """The README's table: everything with several seeds from --seed on, with and without c, under one folder; then one
     table of all."""
+    def unfinished(folder, extra):
+        one = copy.copy(options)
+        one.run, one.__dict__["critic.reference"] = folder, not extra
+        here = Run(one, settings_of(one))
+        return next(name for name in STAGES if not all(output.exists() for output in here.outputs(name)[:1]))
     seeds = range(options.seed, options.seed + cfg.seeds)
-    runs = {seed: Path(options.run) / f"seed{seed}" for seed in seeds}
-
-    def one(seed):
-        for extra in ([], ["--no-reference"]):
-            with open(f"{runs[seed]}.log", "a") as log:
-                subprocess.run([sys.executable, __file__, *argv, "--run", str(runs[seed]), "--seed", str(seed), *extra],
-                               check=True, stdout=log, stderr=log)
-    Path(options.run).mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(cfg.jobs) as pool:
-        list(tqdm(pool.map(one, seeds), total=len(seeds), desc="seeds"))
-    text = report.results_table(list(runs.values()), WORLDS[options.task])
+    runs = run_seeds([sys.executable, __file__, *argv], run.root, seeds, cfg.jobs, unfinished)
+    text = report.results_table(runs, run.world)
     print(text)
-    (Path(options.run) / "table.md").write_text(text, encoding="utf-8")
+    put_text(run.root / "table.md", text)
 
 
 # ------------------------------------------------------------------ command line
 
 def parser():
-    """One flag for each field of each group of hyper-parameters, with its default and the paper's value."""
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                  allow_abbrev=False, usage="python sweet.py [STAGE] [--flags]")
-    top.add_argument("stage", nargs="?", default="all", choices=["all", *STAGES, "play", "table"], metavar="STAGE")
-    top.add_argument("--task", choices=list(WORLDS), default="backend", help="what to collaborate on (default backend)")
-    top.add_argument("--run", default="runs/default", help="folder of the run (default runs/default or runs/smoke)")
-    top.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
-    top.add_argument("--smoke", action="store_true", help="everything in miniature")
-    top.add_argument("--preset", choices=["small", "paper", "one-gpu"], default="small",
-                     help="defaults: those of the small world, the paper's, or a small run on one GPU")
-    top.add_argument("--plain", action="store_true", help="the plain path: no shared prefixes, all logits held (slow)")
-    for group, kind in GROUPS.items():
-        section = top.add_argument_group(group, kind.__doc__)
-        for f in dataclasses.fields(kind):
-            paper = "" if f.metadata["paper"] is None else f", paper {f.metadata['paper']}"
-            how = {"type": type(f.default), "metavar": f.name.upper()}
-            how = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else how
-            section.add_argument(flag_of(group, f), dest=f"{group}.{f.name}", default=None,
-                                 help=f"{f.metadata['text']} (default {f.default!r}{paper})", **how)
-    return top
+    return make_parser(__doc__, ["all", *STAGES, "play", "table"], GROUPS, list(WORLDS))
 
 
-def settings_of(options):
-    """The hyper-parameters: flags over --smoke over --preset over the defaults."""
-    settings = {}
-    for group, kind in GROUPS.items():
-        fields, values = dataclasses.fields(kind), dict(WORLDS[options.task].DEFAULTS.get(group, {}))
-        if options.preset == "one-gpu":
-            values |= ONE_GPU.get(group, {})
-        if options.preset == "paper":
-            values |= {f.name: f.metadata["paper"] for f in fields if f.metadata["paper"] is not None}
-        flags = {f.name: getattr(options, f"{group}.{f.name}") for f in fields}
-        flags = {name: value for name, value in flags.items() if value is not None}
-        settings[group] = kind(**{**values, **(SMOKE.get(group, {}) if options.smoke else {}), **flags})
-        check_values(group, settings[group])
-    return settings
+def settings_of(options, flags=True):
+    """The hyper-parameters, with what the command line says or without."""
+    return read_settings(options, GROUPS, WORLDS[options.task].DEFAULTS, flags)
+
+
+def work(run, stage):
+    """Run a stage, or all, alone in the folder of the run. A report needs no lock, if it only reads what is there."""
+    run.variant.mkdir(parents=True, exist_ok=True)
+    try:
+        with alone(run.root):
+            if stage not in ("all", "report") and run.path(STAGES[stage].output).exists():
+                print(f"{stage} is done: {run.path(STAGES[stage].output)}")
+            run_stage(run, "report" if stage == "all" else stage)
+    except InUse as error:
+        if stage != "report":
+            raise
+        print(f"sweet: note: {error}: a report of what is there so far", file=sys.stderr)
+        stage_report(run)
+    if stage in ("all", "report"):
+        print(f"\n{report.results_table([run.root], run.world)}\nreport: {run.path('report.html')}")
 
 
 def check_files(run):
@@ -455,29 +475,19 @@ def main(argv=None):
     if options.smoke and options.run == "runs/default":
         options.run = "runs/smoke"
     use_plain_path(options.plain)
-    try:
+    with one_line(options):
         run = Run(options, settings_of(options))
         torch.set_num_threads(run.machine.threads)
+        check_tasks_given(run.given, options.stage)
         check_files(run)
         if options.stage == "table":
-            return table([a for a in argv if a != "table"], options, run.settings["table"])
+            return table([a for a in argv if a != "table"], options, run, run.settings["table"])
         if options.stage == "play":
             if not run.path("critic").exists() or not run.path("actor").exists():
                 raise InputError(f"{run.root}: holds no trained actor and critic to play with; the same flags without "
                                  "'play' train them")
             return play(run)
-        run.variant.mkdir(parents=True, exist_ok=True)
-        run_stage(run, "report" if options.stage == "all" else options.stage)
-        if options.stage in ("all", "report"):
-            print(f"\n{report.results_table([run.root], run.world)}\nreport: {run.path('report.html')}")
-    except InputError as error:
-        sys.exit(f"sweet: {error}")
-    except Exception as error:  # a disk can fill up in any library, each with an exception of its own
-        if not isinstance(error, OSError) and "No space left" not in str(error):
-            raise
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        where = getattr(error, "filename", None) or options.run
-        sys.exit(f"sweet: {where}: {reason}; what is finished is kept, run the same command again")
+        work(run, options.stage)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Files of a run: JSON lines that are whole or absent, and the one error that a user sees.
 
-A stage writes whole lines to NAME.partial; a torn last line is dropped when it goes on; the end is a rename. So a file
-under its own name is complete, whatever happened while it was written. Bad input becomes an `InputError`: one line that
-names the file, the line and field, and what was expected.
+A stage writes whole lines to NAME.partial; a torn line is dropped when it goes on, with what follows it; the end is a
+rename, after the bytes have reached the disk. So a file under its own name is complete, whatever happened while it was
+written, loss of power included. Bad input becomes an `InputError`: one line that names the file, the line and field,
+and what was expected. What a run can do without (a checkpoint, a list of seconds) is set aside where it cannot be read.
 
 Text is cleaned where it enters and where it is written: see `clean`. Exercised by `python -m pytest tests/test_env.py
 tests/test_records.py`.
@@ -10,8 +11,10 @@ tests/test_records.py`.
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -88,20 +91,80 @@ def _read_object(text, where):
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected one JSON object a line; this is {type(record).__name__}")
     return record
+def to_disk(path):
+    """Wait until the disk holds a file, or a folder's list of names where its file system can say so."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError) if os.path.isdir(path) else contextlib.nullcontext():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def put(partial, path):
+    """Give a finished file, or a folder of them, its name. The bytes come to the disk before the name does: or a loss
+    of power could leave the name with nothing behind it."""
+    partial, path = Path(partial), Path(path)
+    for part in [*partial.rglob("*"), partial]:
+        to_disk(part)
+    os.replace(partial, path)
+    to_disk(path.parent)
+
+
+def put_text(path, text):
+    """Write one text file, whole or not at all."""
+    Path(f"{path}.partial").write_text(clean(text), encoding="utf-8")
+    put(f"{path}.partial", path)
+
+
+def set_aside(path, reason):
+    """Rename what cannot be read, so that it is neither used nor lost, and say so."""
+    names = (f"{path}.unreadable{number or ''}" for number in itertools.count())
+    aside = next(name for name in names if not os.path.lexists(name))
+    reason = " ".join(str(reason).split())[:120]
+    try:
+        os.replace(path, aside)
+    except OSError:  # a folder that can only be read
+        print(f"sweet: note: {path} cannot be read ({reason}): left out", file=sys.stderr)
+    else:
+        print(f"sweet: note: {path} cannot be read ({reason}): set aside as {Path(aside).name}", file=sys.stderr)
+
+
+def read_json(path, default=None):
+    """The content of a JSON file, or the default where there is none, or none of its kind: that is set aside."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+        if default is not None and type(value) is not type(default):
+            raise ValueError(f"expected a {type(default).__name__}")
+    except FileNotFoundError:
+        return default
+    except (ValueError, RecursionError, OSError) as error:
+        set_aside(path, error)
+        return default
+    return value
+
+
+def is_record(line):
+    """Whether a line of a file is a JSON object."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 class JsonlWriter:
     """Write a JSON-lines file that is either whole or absent, and can go on after a kill.
 
-    Whole lines go to PATH.partial; `close` renames it. A writer opened on an existing partial file drops a torn last
-    line, keeps a multiple of `group` lines (work is done in groups, so that a resumed run computes the same batches)
-    and says in `.done` how many are kept.
+    Whole lines go to PATH.partial; `close` renames it. A writer opened on an existing partial file drops a torn line
+    and all behind it, keeps a multiple of `group` lines (work is done in groups, so that a resumed run computes the
+    same batches) and says in `.done` how many are kept.
     """
 
     def __init__(self, path, group=1):
         self.path, self.partial = Path(path), Path(f"{path}.partial")
         self.partial.touch()
-        whole = self.partial.read_bytes().split(b"\n")[:-1]
+        lines = self.partial.read_bytes().split(b"\n")[:-1]
+        whole = list(itertools.takewhile(is_record, lines))
         self.done = len(whole) // group * group
         with open(self.partial, "r+b") as file:
             file.truncate(sum(len(line) + 1 for line in whole[:self.done]))
@@ -113,7 +176,7 @@ class JsonlWriter:
 
     def close(self):
         self.file.close()
-        os.replace(self.partial, self.path)
+        put(self.partial, self.path)
 
 
 def write_groups(path, items, size, make, label):
@@ -126,7 +189,7 @@ def write_groups(path, items, size, make, label):
     with tqdm(total=len(items), initial=writer.done, desc=f"{label:>12}", mininterval=0.5) as bar:
         for i in range(writer.done, len(items), size):
             part, aside = items[i:i + size], Path(f"{path}.{i}-{min(i + size, len(items))}.unfinished")
-            records = json.loads(aside.read_text(encoding="utf-8"))["records"] if aside.exists() else [None] * len(part)
+            records = read_json(aside, {"records": [None] * len(part)})["records"]
             todo = [j for j, record in enumerate(records) if record is None]
             for j, record in zip(todo, make([part[j] for j in todo], i)):
                 records[j] = record
@@ -144,9 +207,7 @@ def write_groups(path, items, size, make, label):
 
 def write_json(path, value):
     """Write one JSON file, whole or not at all."""
-    text = clean(json.dumps(value, indent=1, ensure_ascii=False))
-    Path(f"{path}.partial").write_text(text + "\n", encoding="utf-8")
-    os.replace(f"{path}.partial", path)
+    put_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def holds_something(path):

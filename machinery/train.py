@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from env import end_of_turn
-from machinery.files import InputError
+from env import end_of_turn, render
+from machinery.files import InputError, put, put_text, set_aside
 
 
 def arg(default, text, paper=None, **extra):
@@ -102,6 +102,7 @@ ONE_GPU = {
 def load_model(path, cfg=None, train=False, seed=0):
     """A causal language model and its tokenizer from a Hugging Face directory or name. cfg: a Machine; train: with
     adapters and activation checkpointing, if cfg says so. InputError, in one line, on what cannot work."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()  # a bar for each of the small files of the small world says nothing
@@ -112,7 +113,7 @@ def load_model(path, cfg=None, train=False, seed=0):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=cfg.dtype, **extra)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be loaded as a causal language model with its tokenizer "
                          f"({' '.join(str(error).split())[:200]})") from None
     check_tokenizer(tokenizer, path)
@@ -149,6 +150,29 @@ def check_context(model, tokens, what):
     if tokens > limit:
         raise InputError(f"{what}: {tokens} tokens are more than the {limit} that the model reads; leave it out, lower "
                          "--rollout-max-turns or --rollout-max-tokens, or take a model with a longer context")
+
+
+def check_views(model, views, names):
+    """InputError, before any work, where one of these (input_ids, turn_ids) is longer than the model's context. names:
+    what each one is, file and line."""
+    for (input_ids, _), name in zip(views, names):
+        check_context(model, len(input_ids), name)
+
+
+def check_states(model, tokenizer, states, names, max_tokens):
+    """InputError, before any work, where a state {"task", "messages"} with c and its longest candidate is too long;
+    where its candidates are not sampled yet, they may have max_tokens."""
+    for state, name in zip(states, names):
+        longest = max((len(c["output_ids"]) for c in state.get("candidates", ())), default=max_tokens)
+        input_ids, _ = render(tokenizer, state["messages"], state["task"]["ground_truth"])
+        check_context(model, len(input_ids) + longest, name)
+
+
+def check_finite(numbers, what):
+    """InputError where `what`, some numbers that a model gave, has one that is not finite."""
+    if not all(map(math.isfinite, numbers)):
+        raise InputError(f"{what}: log-probs are not finite; train anew, with a lower learning rate, or take another "
+                         "--model")
 
 
 def add_adapters(model, rank, seed):
@@ -188,23 +212,60 @@ class Checkpoint:
         self.path, self.seconds, self.parts, self.saved = Path(path), seconds, parts, time.monotonic()
 
     def load(self):
-        """Put back what was saved, if anything; returns the log so far."""
-        if not self.path.exists():
+        """Put back what was saved, if anything; returns the log so far. A file that cannot be read, or is not of these
+        weights, is set aside: training starts from the start."""
+        if not os.path.lexists(self.path):
             return []
-        state = torch.load(self.path, weights_only=True)
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            self.check(state)
+        except Exception as error:  # zip, pickle and torch have one each, and a damaged file can have any
+            set_aside(self.path, f"{type(error).__name__}: {error}")
+            return []
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         return state["log"]
+
+    def check(self, state):
+        """An exception unless this is a state of these parts. Nothing is put back before all of it is known to fit."""
+        shapes = {name: weight.shape for name, weight in self.parts["weights"].state_dict().items()}
+        found = {name: weight.shape for name, weight in state["weights"].items()}
+        moments = state["optimizer"]["state"]
+        shaped = (m[key].shape == shapes[str(i)] for i, m in moments.items() for key in ("exp_avg", "exp_avg_sq"))
+        groups = [group["params"] for group in state["optimizer"]["param_groups"]]
+        if found != shapes or not all(shaped):
+            raise ValueError("weights of another model")
+        if groups != [list(range(len(shapes)))] or state["schedule"]["last_epoch"] != len(state["log"]):
+            raise ValueError("steps of another training")
 
     def save(self, log):
         start = time.monotonic()
         if start - self.saved > self.seconds:
             parts = {name: part.state_dict() for name, part in self.parts.items()}
             torch.save({"log": log, **parts}, f"{self.path}.new")
-            os.replace(f"{self.path}.new", self.path)
+            put(f"{self.path}.new", self.path)
             self.saved = time.monotonic()
             if self.seconds:  # not much more than a twentieth of the time goes into large checkpoints
                 self.seconds = max(self.seconds, 20 * (self.saved - start))
+
+    def remove(self):
+        """The checkpoint, and what is left of those that were set aside or half written."""
+        for path in self.path.parent.glob(f"{self.path.name}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def stop_unless_finite(checkpoint, label, cfg, step, figures):
+    """InputError where one of a step's figures is not finite. Nothing of that training is kept: a checkpoint would bind
+    the next try to the settings that led there."""
+    broken = [name for name, value in figures.items() if not math.isfinite(value)]
+    if not broken:
+        return
+    shutil.rmtree(checkpoint.path.parent)
+    names = ("lr",) if step or "weights" in broken else ("beta", "nll")  # before an update, lr has had no say
+    flags = [f"lower --{label}-{name} (now {getattr(cfg, name):g})" for name in names if hasattr(cfg, name)]
+    remedies = flags if "lr" in names else [*flags, "take another --model"]
+    raise InputError(f"step {step + 1} of {label}: {broken[0]} not finite ({figures[broken[0]]}); nothing of this "
+                     f"training is kept: {' or '.join(remedies)}, and start again")
 
 
 def take_step(model, batch, loss_fn, micro_batch):
@@ -260,28 +321,31 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *, label="fit", warmup=0
         for name in ("dropout", "activation_dropout", "hidden_dropout") if module.training else ():
             if isinstance(getattr(module, name, None), float):  # OPT's layers apply their own
                 setattr(module, name, 0.0)
-    bar = tqdm(total=len(plan), initial=len(log), desc=f"{label:>12}", unit="step", mininterval=0.5)
-    for batch in plan[len(log):]:
-        row = take_step(model, [examples[i] for i in batch], loss_fn, micro_batch)
-        for weight, parameter in zip(weights, learning):
-            if weight is not parameter and parameter.grad is not None:
-                weight.grad, parameter.grad = parameter.grad.float(), None
-        row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(weights, clip))
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        copy_weights(weights, learning)
-        log.append(row)
-        bar.update()
-        bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name != "grad_norm"}, refresh=False)
-        checkpoint.save(log)
-    bar.close()
+    with tqdm(total=len(plan), initial=len(log), desc=f"{label:>12}", unit="step", mininterval=0.5) as bar:
+        for batch in plan[len(log):]:
+            row = take_step(model, [examples[i] for i in batch], loss_fn, micro_batch)
+            for weight, parameter in zip(weights, learning):
+                if weight is not parameter and parameter.grad is not None:
+                    weight.grad, parameter.grad = parameter.grad.float(), None
+            row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(weights, clip))
+            stop_unless_finite(checkpoint, label, cfg, len(log), {"loss": row["loss"], "gradient": row["grad_norm"]})
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            copy_weights(weights, learning)
+            size = float(torch.nn.utils.get_total_norm(weights))
+            stop_unless_finite(checkpoint, label, cfg, len(log), {"weights": size})
+            log.append(row)
+            bar.update()
+            bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name != "grad_norm"},
+                            refresh=False)
+            checkpoint.save(log)
     model.eval()
     save(work)
-    (work / "log.json").write_text(json.dumps(log), encoding="utf-8")
-    checkpoint.path.unlink(missing_ok=True)
+    put_text(work / "log.json", json.dumps(log))
+    checkpoint.remove()
     shutil.rmtree(out, ignore_errors=True)
-    os.replace(work, out)
+    put(work, out)
     return log
 
 

@@ -42,7 +42,7 @@ from queue import Empty, SimpleQueue
 
 import numpy as np
 
-from machinery.files import InputError
+from machinery.files import InputError, put
 from worlds import boxes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +52,7 @@ TAILWIND = "tailwindcss@2.2.19"
 WIDTH, HEIGHT, TALLEST, CELL = 1280, 720, 8000, 40  # pixels: the window, the part of a page that counts, a cell
 MOST_BOXES, MOST_CHARACTERS = 300, 200_000
 WORKERS, SECONDS, RECYCLE = 2, 1.5, 400  # workers, the time they have for a page, pages until a new one (it grows)
+LEFT_ALONE = 30  # seconds until a worker ends by itself, with its browser
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def tailwind_rules():
                 css = package.extractfile("package/dist/tailwind.min.css").read()
         new = Path(f"{file}.{os.getpid()}")
         new.write_bytes(css)
-        os.replace(new, file)
+        put(new, file)
     css = re.sub(r"/\*.*?\*/|@(?:-webkit-)?keyframes[^{]*\{(?:[^{}]*\{[^{}]*\})*\}", "", file.read_text("utf-8"))
     rules, index, media = [], {}, ""
     for opens, rule, _ in re.findall(r"(@media[^{]*)\{|([^{}]+\{[^{}]*\})|(\})", css):
@@ -185,7 +186,9 @@ def serve():
             line = jobs.readline()
             if not line:
                 return browser.close()
+            signal.alarm(LEFT_ALONE)  # who would end a page that hangs may have been killed
             print(json.dumps(look(page, session, *json.loads(line))), file=results, flush=True)
+            signal.alarm(0)
 
 
 # ------------------------------------------------------------------ in this process

@@ -1,0 +1,116 @@
+"""Which settings the files of a stage depend on, and what has to go when one of them changes.
+
+A stage depends on fields of its own and on all that the stages before it depend on. When it starts, it writes their
+values to settings/STAGE.json beside its files, and whoever comes later with others is refused, with the one command
+that makes room for them. A field that the file does not know is younger than the run, which was made with its default;
+what only the file knows does not count any more. Settings of a stage that left nothing bind nobody.
+
+Exercised by `python -m pytest tests/test_runs.py`.
+"""
+import dataclasses
+import fnmatch
+import shlex
+import sys
+from pathlib import Path
+
+from machinery.files import InputError, fingerprint, holds_something, read_json, write_json
+
+BARE = ("given", "machine")  # groups whose fields are written without the group's name
+
+
+def flat(settings, **more):
+    """{field: value} of groups of settings ({name: dataclass}), in the words in which runs are compared."""
+    found = dict(more)
+    for group, values in settings.items():
+        for name, value in dataclasses.asdict(values).items():
+            value = fingerprint(value) if group == "given" else value
+            found[name if group in BARE else f"{group}.{name}"] = value
+    if "://" in (found["human"] or ""):  # a server may move to another address, its model may not change
+        found["human"] = f"server: {found['human.model']}"
+    return found
+
+
+def no_held_out(given):
+    """Whether there are tasks of the user's to train on, but none to evaluate on."""
+    return bool(given.tasks and not given.heldout)
+
+
+def check_tasks_given(given, stage):
+    """InputError where a stage needs tasks that the user did not bring; says what is left out for want of them."""
+    if given.heldout and not (given.tasks or given.trajectories) and stage not in ("base", "play"):
+        raise InputError("--heldout without --tasks or --trajectories: training tasks are missing")
+    if no_held_out(given) and stage in ("eval", "credit", "table", "play"):
+        raise InputError(f"--tasks without --heldout: {stage} needs held-out tasks, a ColBench file: --heldout FILE")
+    if no_held_out(given) and stage in ("all", "report"):
+        print("sweet: note: --tasks without --heldout: held-out tasks are missing, so eval and credit are left out",
+              file=sys.stderr)
+
+
+def dependencies(name, stages, values):
+    """{field: value} of what the files of stage `name` depend on, out of all `values`."""
+    stage, found = stages[name], {}
+    for earlier in stage.after:
+        found |= dependencies(earlier, stages, values)
+    replaced = () if values.get(stage.given) else stage.replaced
+    for pattern in ("task", "seed", *stage.own, *replaced):
+        found |= {field: values[field] for field in fnmatch.filter(values, pattern)}
+    return found
+
+
+def leftovers(output):
+    """What a stage left: its output, finished, begun or kept aside; not what could not be read."""
+    found = [output, *sorted(output.parent.glob(f"{output.name}.*"))]
+    return [path for path in found if ".unreadable" not in path.suffix and holds_something(path)]
+
+
+class Record:
+    """The settings that the stages of a run are made with.
+
+    stages: {name: Stage}; values, defaults: {field: value} as asked for now, and as without a flag; outputs: a function
+    of a stage's name: where it leaves its files in this run, then where it does with or without c, if elsewhere.
+    """
+
+    def __init__(self, stages, values, defaults, outputs):
+        self.stages, self.values, self.defaults, self.outputs = stages, values, defaults, outputs
+
+    def file(self, name):
+        return self.outputs(name)[0].parent / "settings" / f"{name}.json"
+
+    def changes(self, name):
+        """{field: text} for each field whose value is not the one that the files of stage `name` were made with."""
+        begun = any(map(leftovers, self.outputs(name)[:1]))
+        theirs = read_json(self.file(name), {}) if begun else {}
+        if not theirs:  # nothing is there, or nothing is known of it
+            return {}
+        then, now = {**self.defaults, **theirs}, dependencies(name, self.stages, self.values)
+        return {field: f"{field} = {then[field]!r}, now it is {now[field]!r}" for field in sorted(now)
+                if then[field] != now[field]}
+
+    def closure(self, names, ways):
+        """These stages with all that they lead to: ways(stage) are the names that one stage leads to."""
+        found = set(names)
+        for _ in self.stages:
+            found |= {way for name in found for way in ways(name)}
+        return [name for name in self.stages if name in found]
+
+    def followers(self, names):
+        return self.closure(names, lambda name: [n for n, stage in self.stages.items() if name in stage.after])
+
+    def claim(self, name):
+        """Refuse to mix: InputError where files of a stage, or of one that it reads from, were made with other
+        settings, with all that has to go. Otherwise the settings are written down, unless the stage is done."""
+        changed = {stage: fields for stage in self.stages if (fields := self.changes(stage))}
+        before = self.closure([name], lambda stage: self.stages[stage].after)
+        stale = {field: text for stage in changed if stage in before for field, text in changed[stage].items()}
+        if stale:
+            changed = [stage for stage in changed if stale.keys() & changed[stage].keys()]
+            shared = [stage for stage in changed if len(self.outputs(stage)) == 1 and
+                      "candidates" in self.followers([stage])]  # what SWEET is made from, with c and without
+            gone = [output for stage in self.followers(changed) for output in self.outputs(stage)[:1]]
+            gone += [output for stage in self.followers(shared) for output in self.outputs(stage)]
+            gone = dict.fromkeys(str(path) for output in gone for path in leftovers(output))
+            raise InputError(f"{self.file(changed[0])}: {changed[0]} was made with {'; '.join(stale.values())}; use "
+                             f"another --run, or make room: {shlex.join(['rm', '-r', *gone])}")
+        if name != "report" and not any(output.exists() for output in self.outputs(name)[:1] or [Path()]):
+            self.file(name).parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.file(name), dependencies(name, self.stages, self.values))
