@@ -200,6 +200,12 @@ def _text_tokenizer(tokenizer):
     return plain
 
 
+@functools.lru_cache(maxsize=8)
+def known_ids(tokenizer):
+    """The ids of all tokens. A vocabulary may have gaps, and a model's logits may go on behind it."""
+    return frozenset(tokenizer.get_vocab().values())
+
+
 @functools.lru_cache(maxsize=2 ** 16)
 def encode_text(tokenizer, text):
     """Token ids of a message's text. What looks like a control token is encoded as text: nobody can forge a turn."""

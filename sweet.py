@@ -49,6 +49,7 @@ from env import DialogueEnv
 from env import load_tasks, read_trajectories, render
 from machinery.files import fingerprint, holds_something, InputError, JsonlWriter, read_jsonl, write_groups, write_json
 from machinery.server import Server
+from machinery.start import check_start
 from machinery.train import ONE_GPU, SMOKE, Given, Machine, arg, check_values, flag_of, load_model, save_to
 from kernels.prefix import use_plain_path
 from simulator import ConsoleHuman
@@ -446,6 +447,7 @@ def main(argv=None):
     try:
         run = Run(options, settings_of(options))
         torch.set_num_threads(run.machine.threads)
+        check_start(run, STAGES, options.stage)
         for file in filter(None, (run.given.tasks, run.given.heldout)):
             load_tasks(file, run.world.OPTIONAL)  # bad input is known before any long work starts
         if options.stage == "table":
@@ -455,7 +457,6 @@ def main(argv=None):
                 raise InputError(f"{run.root}: holds no trained actor and critic to play with; the same flags without "
                                  "'play' train them")
             return play(run)
-        run.variant.mkdir(parents=True, exist_ok=True)
         run_stage(run, "report" if options.stage == "all" else options.stage)
         if options.stage in ("all", "report"):
             print(f"\n{report.results_table([run.root], run.world)}\nreport: {run.path('report.html')}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from machinery.files import InputError
+from machinery.optional import require
 from machinery.train import arg
 
 PAUSE = 0.5  # seconds before the second try
@@ -40,10 +41,7 @@ class Endpoint:
     """
 
     def __init__(self, url, cfg):
-        try:
-            import openai
-        except ImportError:
-            raise InputError(f"{url}: needs the client of such servers: pip install openai") from None
+        openai = require("openai", url)
         parts = urlsplit(url)
         if not parts.hostname or parts.username or parts.password or parts.query:
             raise InputError("a server's URL should be like http://host:8000/v1, without a key: keys go into the "

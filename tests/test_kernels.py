@@ -14,6 +14,7 @@ import actor
 import critic
 from env import DialogueEnv, end_of_turn, render
 from machinery.files import InputError
+from machinery.train import enable_checkpointing
 from kernels import logprob, prefix
 from kernels.logprob import collate, lay_out, reference_sums, turn_logprobs
 from kernels.prefix import Tree, cache_name, can_share, fill, head_is_plain
@@ -508,7 +509,7 @@ def test_a_probe_that_fails_leaves_no_hook(monkeypatch):
 def test_gradient_checkpointing_is_computed_in_full_and_says_so(model64, trees, capsys, said, plain):
     examples = [flat(d) for d in forest(model64.config.vocab_size, (2, 3))]
     trained = copy.deepcopy(model64).train()
-    trained.gradient_checkpointing_enable()
+    enable_checkpointing(trained)
 
     def work(m):
         return gradients(turn_logprobs(m, lay_out(m, examples))[0].sum() / 10, m)
