@@ -118,9 +118,10 @@ def pick(logits_BV, noise_B, temperature=1.0, top_p=1.0):
 @torch.no_grad()
 def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_tokens=64, growing=None, seats=None):
     """One turn for each prompt (a list of token ids): lists of token ids that end with the end-of-turn token, or,
-    when the turn was cut off at max_tokens or at a control token that has no place in a turn, without it. keys: what
-    each row's randomness is seeded with, any value with a repr. growing, seats: `branches` that remember the turns
-    before this one, and which of them each prompt goes on with."""
+    when the turn was cut off at max_tokens or at a control token that has no place in a turn, without it. Ids that are
+    no token of the tokenizer's (of a vocabulary padded to a multiple) have probability 0. keys: what each row's
+    randomness is seeded with, any value with a repr. growing, seats: `branches` that remember the turns before this
+    one, and which of them each prompt goes on with."""
     eot, prompts = end_of_turn(tokenizer), [tuple(prompt) for prompt in prompts]
     check_context(model, max(map(len, prompts)) + max_tokens, "a dialogue with its next turn")
     control = torch.tensor(control_tokens(tokenizer), device=model.device)
@@ -129,7 +130,10 @@ def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_t
     seat_B = live if seats is None else torch.tensor(seats, device=model.device)
     turns, growing = [[] for _ in prompts], growing or branches(model, prompts)
     logits_BV = growing.wake(seat_B, prompts)
+    no_token = sorted(set(range(logits_BV.shape[-1])) - known_ids(tokenizer))
+    no_token = torch.tensor(no_token, dtype=torch.long, device=model.device)
     for step in range(max_tokens):
+        logits_BV = logits_BV.index_fill(-1, no_token, -float("inf"))
         token_B = pick(logits_BV, noise_BT[live, step], temperature, top_p)
         cut_off = torch.isin(token_B, control)
         for row, token, cut in zip(live.tolist(), token_B.tolist(), cut_off.tolist()):

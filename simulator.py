@@ -21,6 +21,7 @@ import sys
 
 from env import end_of_turn, render
 from machinery.files import InputError, forgive
+from machinery.optional import first_line
 from machinery.server import Endpoint, Server
 from machinery.thoughts import spoken
 
@@ -136,9 +137,18 @@ def make_human(spec, respond=None, seed=0, cfg=None, machine=None):
     if spec.startswith(("http://", "https://")):
         return EndpointHuman(spec, cfg or Server())
     if ":" in spec:
-        module, name = spec.split(":", 1)
-        try:
-            return getattr(importlib.import_module(module), name)()
-        except (ImportError, AttributeError) as error:
-            raise InputError(f"--human {spec}: {error}; expected module:Class, importable from here") from None
+        return own_human(spec)
     return ModelHuman(spec, machine)
+
+
+def own_human(spec):
+    """An object of the class that is named so: module:Class."""
+    module, name = spec.split(":", 1)
+    try:
+        human = getattr(importlib.import_module(module), name)()
+    except (Exception, SystemExit) as error:  # the user's code, which fails in its own ways
+        raise InputError(f"--human {spec}: {type(error).__name__}: {first_line(error)}; expected module:Class, "
+                         "importable from here and made by Class()") from None
+    if not callable(getattr(human, "reply", None)):
+        raise InputError(f"--human {spec}: {name} has no method reply(tasks, dialogues)")
+    return human

@@ -53,6 +53,7 @@ from machinery.reasons import why_no_pair, why_no_success, why_no_turn_pair
 from machinery.seeds import run_seeds
 from machinery.server import Server
 from machinery.settings import Record, check_tasks_given, flat, no_held_out
+from machinery.start import check_start
 from machinery.train import Given, Machine, arg, check_finite, check_states, check_views, load_model, save_to
 from kernels.prefix import use_plain_path
 from simulator import ConsoleHuman
@@ -479,6 +480,7 @@ def main(argv=None):
         run = Run(options, settings_of(options))
         torch.set_num_threads(run.machine.threads)
         check_tasks_given(run.given, options.stage)
+        check_start(run, run.stages, options.stage)
         check_files(run)
         if options.stage == "table":
             return table([a for a in argv if a != "table"], options, run, run.settings["table"])

@@ -65,6 +65,16 @@ def head_is_plain(model):
     return model._head_is_plain
 
 
+def cache_name(model):
+    """What the model calls the keys and values that it reads and adds to: transformers 5.24 renamed the argument."""
+    for module in (model, model.base_model):  # a head that hands everything on does not name it
+        names = inspect.signature(module.forward).parameters
+        for name in ("past_key_values", "cache"):
+            if name in names:
+                return name
+    return "past_key_values"
+
+
 class _Filled(Exception):
     """The last layer's keys and values are in the cache."""
 
@@ -81,7 +91,7 @@ def fill(model, cache, input_ids):
         return kept
     cache.update = update
     try:
-        model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        model.base_model(input_ids=input_ids, use_cache=True, **{cache_name(model): cache})
     except _Filled:
         pass
     finally:
@@ -112,7 +122,7 @@ class Tree:
         from transformers import DynamicCache
         distinct = {prefix: i for i, prefix in enumerate(dict.fromkeys(prefixes))}
         width, device = max(map(len, distinct)), model.device
-        self.model, self.cache = model, DynamicCache()
+        self.model, self.cache, self.cache_name = model, DynamicCache(), cache_name(model)
         self.rows_R = torch.arange(len(prefixes), device=device)  # the rows that still have live branches
         self.row_B = self.rows_R if row_B is None else torch.tensor(row_B, device=device)
         self.parked = {} if row_B is None else None
@@ -133,7 +143,7 @@ class Tree:
         mask_RCS = torch.zeros(see_RCS.shape, dtype=self.model.dtype, device=see_RCS.device)
         mask_RCS.masked_fill_(~see_RCS, torch.finfo(self.model.dtype).min)
         return {"input_ids": input_ids_RC, "position_ids": position_RC, "attention_mask": mask_RCS[:, None],
-                "past_key_values": self.cache, "use_cache": True}
+                self.cache_name: self.cache, "use_cache": True}
 
     def step(self, live_N, token_N, wanted=slice(None)):
         """More tokens on the live branches, all in one pass. live_N: the branch of each token; one may get several.
@@ -234,7 +244,7 @@ class Rows:
     """The plain way to sample: every branch in a row of its own, left-padded, its prompt read in full in every turn."""
 
     def __init__(self, model):
-        self.model = model
+        self.model, self.cache_name = model, cache_name(model)
 
     def wake(self, live_L, prompts):
         """As Tree's."""
@@ -253,8 +263,8 @@ class Rows:
 
     def _run(self, ids):
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-        return self.model(input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache,
-                          use_cache=True, logits_to_keep=1).logits[:, -1]
+        return self.model(input_ids=ids, attention_mask=self.mask, position_ids=positions, use_cache=True,
+                          logits_to_keep=1, **{self.cache_name: self.cache}).logits[:, -1]
 
 
 @torch.no_grad()

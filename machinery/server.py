@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from machinery.files import InputError
+from machinery.optional import require
 from machinery.train import arg
 
 PAUSE = 0.5  # seconds before the second try
@@ -83,10 +84,7 @@ class Endpoint:
     """
 
     def __init__(self, url, cfg):
-        try:
-            import openai
-        except ImportError:
-            raise InputError(f"{url}: needs the client of such servers: pip install openai") from None
+        openai = require("openai", url)
         try:
             parts = urlsplit(url)
             plain = parts.port != 0 and parts.hostname and not (parts.username or parts.password or parts.query)

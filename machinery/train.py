@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from env import end_of_turn, render
 from machinery.files import InputError, put, put_text, set_aside
+from machinery.optional import require
 
 
 def arg(default, text, paper=None, **extra):
@@ -75,8 +76,8 @@ class Machine:
                          flag="attention")
     checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, a third more time",
                               flag="checkpointing")
-    lora: int = arg(0, "learn adapters of this rank (pip install peft) instead of all weights; 0: all", flag="lora",
-                    least=0)
+    lora: int = arg(0, "learn adapters of this rank (needs peft) instead of all weights; 0: all. A --model that is "
+                    "adapters learns on in these, whatever the rank", flag="lora", least=0)
     micro_batch: int = arg(0, "examples a backward pass (the step stays the same); 0: the whole batch",
                            flag="micro-batch", least=0)
     threads: int = arg(1, "threads of torch; another number rounds otherwise and gives other results", flag="threads")
@@ -110,6 +111,8 @@ def load_model(path, cfg=None, train=False, seed=0):
     if cfg.dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype {cfg.dtype}: expected float32 or bfloat16")
     extra = {"attn_implementation": cfg.attention} if cfg.attention else {}
+    if (Path(path) / "adapter_config.json").exists():
+        check_adapters(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=cfg.dtype, **extra)
@@ -118,10 +121,12 @@ def load_model(path, cfg=None, train=False, seed=0):
                          f"({' '.join(str(error).split())[:200]})") from None
     check_tokenizer(tokenizer, path)
     model.micro_batch = cfg.micro_batch or None
-    if train and cfg.lora:
+    if getattr(model, "peft_config", None):
+        restore_adapters(model, path, train)
+    elif train and cfg.lora:
         add_adapters(model, cfg.lora, seed)
     if train and cfg.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     return model.to(cfg.device).eval(), tokenizer
 
 
@@ -175,18 +180,43 @@ def check_finite(numbers, what):
                          "--model")
 
 
+def check_adapters(flag):
+    """InputError, naming `flag`, unless peft is there and transformers can use it: seen on the smallest of models."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    with torch.random.fork_rng():
+        tiny = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=2, intermediate_size=2, num_hidden_layers=1,
+                                            num_attention_heads=1))
+        require("peft", flag, lambda peft: tiny.add_adapter(peft.LoraConfig(target_modules="all-linear")))
+
+
 def add_adapters(model, rank, seed):
     """Freeze the model and add LoRA adapters to its linear layers; they start at zero, so the model is still pi_ref."""
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise InputError("--lora: needs peft: pip install peft") from None
+    check_adapters("--lora")
+    from peft import LoraConfig
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # few of them, and small steps get lost in bfloat16
+
+
+def restore_adapters(model, path, train):
+    """The adapters of a loaded model as they were trained, in float32: loading has rounded them to the model's dtype.
+    train: they learn on, from where they are."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad = train
+    weights = load_peft_weights(str(path), device="cpu")
+    set_peft_model_state_dict(model, {name.removeprefix("base_model.model."): w for name, w in weights.items()})
+
+
+def enable_checkpointing(model):
+    """Recompute activations in the backward pass; transformers 5.24 gave the method another name."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def batches_of(n, batch_size, epochs, seed, sizes=None):

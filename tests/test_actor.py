@@ -1,4 +1,5 @@
 """Sampling, playing, pairs, and the measures of agreement."""
+import copy
 import json
 import math
 import random
@@ -145,6 +146,31 @@ def test_sample_against_one_row_without_padding_or_cache(talker, tokenizer, prom
     turns = actor.sample(talker, tokenizer, prompts, keys, temperature=temperature, top_p=top_p, max_tokens=9)
     assert turns == [naive_turn(talker, tokenizer, p, k, temperature, top_p, 9) for p, k in zip(prompts, keys)]
     assert len({len(turn) for turn in turns}) > 2
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("gap", [False, True])
+def test_ids_that_are_no_token_are_never_sampled(tokenizer, prompts, top_p, gap, monkeypatch):
+    """A vocabulary padded by 24 rows, or with gaps, whose logits are the largest of all: the same turns as if they were
+    not there."""
+    extra = 24
+    padded = tiny_llama(len(tokenizer) + extra, seed=2, tie=False)
+    plain = copy.deepcopy(padded)
+    unknown = list(range(len(tokenizer), len(tokenizer) + extra)) + [40, 41] * gap
+    if gap:
+        known = frozenset(tokenizer.get_vocab().values()) - {40, 41}
+        monkeypatch.setattr(actor, "known_ids", lambda tokenizer: known)
+    with torch.no_grad():
+        plain.lm_head.weight[unknown] = 0
+        padded.lm_head.weight[unknown] *= 30
+    keys = list(range(len(prompts)))
+
+    def turns(model):
+        return actor.sample(model, tokenizer, prompts, keys, top_p=top_p, max_tokens=12)
+    found = turns(padded)
+    assert found == turns(plain) and not {token for turn in found for token in turn} & set(unknown)
+    logits = padded(input_ids=torch.tensor([prompts[0]])).logits[0, -1].float()
+    assert logits.softmax(-1)[unknown].sum() > 0.99  # what they would be without it
 
 
 def test_order_batch_size_and_company_do_not_matter(talker, tokenizer, prompts):

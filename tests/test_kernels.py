@@ -1,5 +1,6 @@
 """Shared prefixes against full sequences, and the Triton kernel against float64: values, gradients, sampled tokens."""
 import copy
+import inspect
 import math
 import random
 
@@ -13,9 +14,10 @@ import actor
 import critic
 from env import DialogueEnv, end_of_turn, render
 from machinery.files import InputError
+from machinery.train import enable_checkpointing
 from kernels import logprob, prefix
 from kernels.logprob import collate, lay_out, reference_sums, turn_logprobs
-from kernels.prefix import Tree, can_share, fill, head_is_plain
+from kernels.prefix import Tree, cache_name, can_share, fill, head_is_plain
 
 
 @pytest.fixture
@@ -213,7 +215,7 @@ def test_a_prefix_is_read_for_its_keys_and_values_alone(model):
     row, ran, caches = torch.tensor([ids(random.Random(0), model.config.vocab_size, 20, 20)]), [], []
     hooks = [layer.mlp.register_forward_hook(lambda *_, i=i: ran.append(i))
              for i, layer in enumerate(model.base_model.layers)]
-    for run in (fill, lambda model, cache, row: model.base_model(input_ids=row, past_key_values=cache)):
+    for run in (fill, lambda model, cache, row: model.base_model(input_ids=row, **{cache_name(model): cache})):
         cache = DynamicCache()
         run(model, cache, row)
         loss = sum((layer.keys ** 2).sum() + (layer.values ** 3).sum() for layer in cache.layers)
@@ -224,6 +226,36 @@ def test_a_prefix_is_read_for_its_keys_and_values_alone(model):
     assert all(torch.equal(ours, whole) for ours, whole in zip(*caches, strict=True))
     last = model.config.num_hidden_layers - 1
     assert ran == [*range(last), *range(last + 1)] and last > 0
+
+
+def rename_cache(module, name, strict):
+    """Let a module's forward know the cache by this name; strict: by no other, whoever calls."""
+    inner, other = module.forward, {"cache": "past_key_values", "past_key_values": "cache"}[name]
+    signature = inspect.signature(inner)
+    native = name if name in signature.parameters else other
+
+    def forward(*args, **given):
+        if given.get(other) is not None and strict:
+            raise TypeError(f"unexpected argument {other}")
+        return inner(*args, **{native if key in (name, other) else key: value for key, value in given.items()})
+    forward.__signature__ = signature.replace(parameters=[
+        parameter.replace(name=name) if parameter.name == native else parameter
+        for parameter in signature.parameters.values()])
+    module.forward = forward
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.parametrize("path", ["tree", "rows"])
+def test_either_name_of_the_cache(tokenizer, model, name, path, monkeypatch):
+    """Later releases of transformers renamed the argument; whichever one a model knows is the one that it gets."""
+    monkeypatch.setattr(prefix, "_plain", path == "rows")
+    prompts = [ids(random.Random(i), len(tokenizer), 20, 30) for i in range(4)]
+    expected = actor.sample(model, tokenizer, prompts, range(4), max_tokens=8)
+    renamed = copy.deepcopy(model)
+    rename_cache(renamed, name, strict=True)
+    rename_cache(renamed.model, name, strict=path == "tree")  # in rows, its own head calls it
+    assert actor.sample(renamed, tokenizer, prompts, range(4), max_tokens=8) == expected
+    assert can_share(renamed) == (path == "tree")
 
 
 def test_nothing_to_share_is_a_plain_batch(model):
@@ -477,7 +509,7 @@ def test_a_probe_that_fails_leaves_no_hook(monkeypatch):
 def test_gradient_checkpointing_is_computed_in_full_and_says_so(model64, trees, capsys, said, plain):
     examples = [flat(d) for d in forest(model64.config.vocab_size, (2, 3))]
     trained = copy.deepcopy(model64).train()
-    trained.gradient_checkpointing_enable()
+    enable_checkpointing(trained)
 
     def work(m):
         return gradients(turn_logprobs(m, lay_out(m, examples))[0].sum() / 10, m)
@@ -540,16 +572,18 @@ def eager(hidden, weight, targets):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n, d, v", [(1, 16, 33), (37, 50, 170), (16, 8, 32), (33, 17, 97), (5, 64, 300)])
 def test_triton_error_is_no_worse_than_eager(fused, n, d, v, dtype):
-    """Values and both gradients against float64, on shapes that fill no block: at most 1.5 times eager's own error
-    (root mean square)."""
-    inputs = head_inputs(n, d, v, dtype)
-    hidden, weight, targets, upstream = inputs
-    exact = forward_and_gradients(eager, hidden.double(), weight.double(), targets, upstream.double())
-    found, eagers = forward_and_gradients(fused, *inputs), forward_and_gradients(eager, *inputs)
-    for name, ours, theirs, want in zip(("logprobs", "grad hidden", "grad weight"), found, eagers, exact):
-        ours, theirs = ((value.double() - want).norm() for value in (ours, theirs))
-        half_a_digit = 6e-8 if dtype == torch.float32 else 2e-3  # one rounding: eager's may be 0 on a few numbers
-        assert ours <= 1.5 * theirs + half_a_digit * want.norm() * (n == 1), (name, float(ours), float(theirs))
+    """Values and both gradients against float64, on shapes that fill no block: at most 1.5 times eager's own error, in
+    the mean over several seeds (more where there is one row: on 96 the ratio is 0.9 to 1.3, on one anything)."""
+    errors = torch.zeros(2, 3)  # [ours, eager's] x [log-probs, gradient of hidden, gradient of weight]
+    for seed in range(96 if n == 1 else 4):
+        inputs = head_inputs(n, d, v, dtype, seed)
+        hidden, weight, targets, upstream = inputs
+        exact = forward_and_gradients(eager, hidden.double(), weight.double(), targets, upstream.double())
+        for total, logprobs in zip(errors, (fused, eager)):
+            found = forward_and_gradients(logprobs, *inputs)
+            total += torch.tensor([float((value.double() - want).norm()) for value, want in zip(found, exact)])
+    ours, eagers = errors
+    assert bool((ours <= 1.5 * eagers).all()), errors.tolist()
 
 
 def test_triton_far_apart_logits_and_no_rows(fused):

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ import actor
 import critic
 from env import ANSWER_MARKER, end_of_turn, grade, load_tasks, read_trajectories, render
 from machinery.files import InputError
-from machinery.train import Machine, check_context, fit, load_model, save_to
+from machinery.train import Machine, check_context, enable_checkpointing, fit, load_model, save_to
 from kernels.logprob import collate, reference_sums, turn_logprobs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -345,7 +346,7 @@ def test_checkpointing_keeps_the_dropout_of_whole_layers_off(agent, tmp_path):
         model = OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, ffn_dim=24,
                                          num_attention_heads=2, word_embed_proj_dim=16, dropout=0.5))
         if on:
-            model.gradient_checkpointing_enable()
+            enable_checkpointing(model)
         logs.append(fit(model, views_of(tokenizer), likelihood, tmp_path / str(on), Config(), 0, lambda folder: None))
     assert [row["loss"] for row in logs[0]] == pytest.approx([row["loss"] for row in logs[1]], rel=1e-5)
 
@@ -368,6 +369,43 @@ def test_adapters_start_at_the_reference_and_leave_the_model_alone(agent, tmp_pa
     assert reference_sums(again, views) != reference_sums(base, views)
     first, second = (load_model(agent, Machine(lora=4), train=True, seed=5)[0].state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_come_back_as_they_were_trained(agent, tmp_path, dtype):
+    """They learn in float32; a reloaded critic ranks with the log-probs of the one that was trained, to the bit."""
+    pytest.importorskip("peft")
+    machine = Machine(lora=4, dtype=dtype)
+    model, tokenizer, _ = trained(agent, tmp_path / "out", Config(lr=3e-2), machine)
+    views = views_of(tokenizer)
+    again, _ = load_model(tmp_path / "out", machine)
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    back = dict(again.named_parameters())
+    assert learned and all(torch.equal(p, back[name]) and back[name].dtype == torch.float32
+                           for name, p in learned.items())
+    assert any(not torch.equal(p, p.bfloat16().float()) for p in learned.values())
+    assert reference_sums(again, views) == reference_sums(model, views) != reference_sums(
+        load_model(agent, machine)[0], views)
+
+
+@pytest.mark.parametrize("lora", [0, 4, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_learn_on(agent, tmp_path, lora, dtype):
+    """A model that is adapters is the initial policy as it is; training goes on in them, with --lora and without."""
+    pytest.importorskip("peft")
+    machine = Machine(lora=lora, dtype=dtype)
+    first, tokenizer, _ = trained(agent, tmp_path / "first", Config(lr=1e-2), Machine(lora=4, dtype=dtype))
+    views = views_of(tokenizer)
+    start = reference_sums(first, views)
+    assert reference_sums(load_model(tmp_path / "first", machine)[0], views) == start
+    assert reference_sums(load_model(tmp_path / "first", machine, train=True)[0], views) == start
+    second, _, log = trained(tmp_path / "first", tmp_path / "second", Config(lr=1e-2, epochs=3), machine)
+    learned = {name for name, p in second.named_parameters() if p.requires_grad}
+    assert learned == {name for name, p in first.named_parameters() if p.requires_grad}
+    assert log[-1]["loss"] < log[0]["loss"]
+    shutil.rmtree(tmp_path / "first")  # what was learned in two steps stands on the model alone
+    again, _ = load_model(tmp_path / "second", machine)
+    assert reference_sums(again, views) == reference_sums(second, views) != start
 
 
 def test_adapters_resume_bit_for_bit(agent, tmp_path):

@@ -152,6 +152,10 @@ def _test_cases(rng, topic):
     return {f"test{k}": f"tidy_{topic}({row + rng.choices(row, k=3)})" for k, row in enumerate(inputs, 1)}
 
 
+def check_installed(clip):
+    """Nothing but the core is needed."""
+
+
 def grader(clip, call_seconds):
     """grade(answers, tasks) -> rewards."""
     return functools.partial(grade, call_seconds=call_seconds)

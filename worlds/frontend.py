@@ -29,11 +29,12 @@ import re
 
 from env import ANSWER_MARKER, REFERENCE_PREFIX, Task
 from machinery.files import InputError
+from machinery.optional import require
 from simulator import EndpointHuman, Human, make_human
 from worlds import backend
-from worlds.browser import render_pages
+from worlds.browser import find_browser, render_pages
 from worlds.pages import COLOUR_WORDS, PAPER, brief, clip_similarity, differences, evidence, figures, headers
-from worlds.pages import similarity, verdict
+from worlds.pages import load_clip, similarity, verdict
 from worlds.source import page_source
 
 INSTRUCTIONS = (
@@ -70,6 +71,15 @@ def grade(answers, tasks, clip=None):
     if not clip:
         render_pages([source for pair in pairs for source in pair])  # all at once: two workers
     return [_similarity(*pair, clip) for pair in pairs]
+
+
+def check_installed(clip):
+    """InputError, before any work, where what draws and compares pages is not there."""
+    require("playwright", "--task frontend")
+    require("pillow", "--task frontend")
+    find_browser()
+    if clip:
+        load_clip(clip)
 
 
 def grader(clip, call_seconds):

@@ -21,6 +21,7 @@ import numpy as np
 
 from env import ANSWER_MARKER
 from machinery.files import InputError
+from machinery.optional import first_line
 from worlds.browser import HEIGHT, WIDTH, render_pages
 from worlds.source import page_source
 
@@ -273,21 +274,36 @@ def differences(draft, wish):
 # ------------------------------------------------------------------ CLIP
 
 @functools.lru_cache(maxsize=1)
-def _clip(name):
+def load_clip(name):
+    """A CLIP model and its processor, tried on a picture. name: a Hugging Face directory or name. InputError where
+    there is none."""
+    from PIL import Image
     from transformers import AutoProcessor, CLIPModel
-    return CLIPModel.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name)
+    try:
+        model, report = CLIPModel.from_pretrained(name, output_loading_info=True)
+        if report["missing_keys"]:  # of another kind of model: they would be random
+            raise ValueError(f"it lacks {sorted(report['missing_keys'])[0]}")
+        loaded = model.eval(), AutoProcessor.from_pretrained(name)
+        clip_embeddings(*loaded, [Image.new("RGB", (WIDTH, HEIGHT))])
+    except Exception as error:  # loading has many ways to fail
+        raise InputError(f"--clip {name}: cannot be loaded as a CLIP model with its processor "
+                         f"({first_line(error)})") from None
+    return loaded
+
+
+def clip_embeddings(model, processor, pictures):
+    """Unit vectors [pictures, width]."""
+    import torch
+    with torch.no_grad():
+        found = model.get_image_features(**processor(images=pictures, return_tensors="pt"))
+    return torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1)
 
 
 def clip_similarity(one, other, name):
-    """The paper's measure: cosine of CLIP's image embeddings of both pictures. name: a Hugging Face directory or
-    name."""
-    import torch
+    """The paper's measure: cosine of CLIP's image embeddings of both pictures."""
     from PIL import Image
-    model, processor = _clip(name)
-    images = [Image.open(io.BytesIO(page.picture)).convert("RGB") for page in (one, other)]
-    with torch.no_grad():
-        found = model.get_image_features(**processor(images=images, return_tensors="pt"))
-    a, b = torch.nn.functional.normalize(getattr(found, "pooler_output", found), dim=-1)
+    pictures = [Image.open(io.BytesIO(page.picture)).convert("RGB") for page in (one, other)]
+    a, b = clip_embeddings(*load_clip(name), pictures)
     return min(1.0, float(a @ b))  # which rounding makes a little more
 
 

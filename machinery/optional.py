@@ -1,0 +1,49 @@
+"""Packages that only some flags need: missing, or unfit for what else is installed, they are one line before any work.
+
+`constraints.txt` is the one place that says which versions were tried together. `requirements.txt` and
+`requirements-dev.txt` install from it, CI installs exactly that, and the pip command in a message here is read from it.
+
+Exercised by `python -m pytest tests/test_install.py`.
+"""
+import importlib
+import re
+from pathlib import Path
+
+from machinery.files import InputError
+
+PINS = Path(__file__).resolve().parent.parent / "constraints.txt"
+PARTS = {  # package: the module, names in it that are used here, and all that pip has to install
+    "openai": ("openai", ("OpenAI", "AsyncOpenAI", "OpenAIError"), ("openai",)),
+    "peft": ("peft", ("LoraConfig", "load_peft_weights", "set_peft_model_state_dict"), ("transformers", "peft")),
+    "pillow": ("PIL.Image", ("open", "fromarray"), ("pillow",)),
+    "playwright": ("playwright.sync_api", ("sync_playwright",), ("playwright",)),
+}
+
+
+def pin(package):
+    """A package as pip should install it: peft==0.21.2."""
+    found = re.search(rf"(?im)^{re.escape(package)}==[^\s;]+", PINS.read_text(encoding="utf-8"))
+    return found[0] if found else package
+
+
+def require(package, flag, use=None):
+    """Import an optional package and try what it is needed for: `use`, a function of its module. Returns the module.
+    InputError, with the pip command that mends it, where it is missing or does not fit. flag: what asks for it."""
+    name, needed, install = PARTS[package]
+    try:
+        module = importlib.import_module(name)
+        for attribute in needed:
+            getattr(module, attribute)
+        if use:
+            use(module)
+    except Exception as error:  # importing runs a package's own code, which fails in its own ways
+        missing = isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]
+        fault = "is not installed" if missing else f"does not fit what else is installed ({first_line(error)})"
+        raise InputError(f"{flag}: needs {package}, which {fault}: pip install "
+                         f"{' '.join(map(pin, install))}") from None
+    return module
+
+
+def first_line(error):
+    """What an exception says, on one line and not too long."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,89 @@
+"""What can be known when a run starts is checked when it starts: a fault is one line, before any work.
+
+Only what the stages that are still to do will need is checked, so that a finished run can be read anywhere, whatever
+has become of its server or its GPU.
+
+Exercised by `python -m pytest tests/test_install.py`.
+"""
+import tempfile
+
+import torch
+
+from machinery.files import InputError
+from machinery.optional import first_line
+from machinery.train import check_adapters
+
+DIALOGUES = {"rollout", "eval", "credit"}  # the stages that talk with the human and grade
+
+
+def stages_to_do(run, stages, stage):
+    """The names of the stages that `python sweet.py STAGE` has to run, of these (name -> Stage)."""
+    if stage == "play":
+        return {"play"}
+    if stage == "table" and (run.root / "table.md").exists():
+        return set()
+    names, found = ["report" if stage in ("all", "table") else stage], set()
+    while names:
+        name = names.pop()
+        given = {"base": run.given.model, "rollout": run.given.trajectories}.get(name)
+        if not given and not run.path(stages[name].output).exists():
+            found.add(name)
+        names += stages[name].after
+    return found - {"report"}  # it only reads
+
+
+def check_start(run, stages, stage):
+    """InputError where a stage that is to do would fail for a reason that is known already."""
+    folder = run.root if stage == "table" else run.variant
+    check_folder(folder)
+    todo = stages_to_do(run, stages, stage)
+    if todo:
+        check_folder(folder, write=True)
+        check_device(run.machine.device)
+        check_attention(run.machine)
+        if run.machine.lora:
+            check_adapters("--lora")
+    if todo & {"base", *DIALOGUES}:
+        run.world.check_installed(run.given.clip)
+    if stage not in ("table", "play"):
+        for name in sorted(todo):
+            run.claim(name)  # where files were made with other settings, that is what to say
+    if todo and run.given.model:
+        run.model("base", train=True)
+    if todo & DIALOGUES:
+        run.human()
+
+
+def check_device(device):
+    try:
+        torch.ones(1, device=device).item()  # "meta" makes tensors, but of nothing
+    except Exception as error:  # torch has another one for each kind of device
+        here = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        here += ["mps"] if torch.backends.mps.is_available() else []
+        raise InputError(f"--device {device}: not to be had here ({first_line(error)}); expected "
+                         f"{' or '.join(here)}") from None
+
+
+def check_attention(machine):
+    """Try the attention implementation on a tiny model, where the run's models will be."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    if not machine.attention:
+        return
+    config = LlamaConfig(vocab_size=8, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1)
+    try:
+        config._attn_implementation = machine.attention
+        with torch.random.fork_rng():
+            model = LlamaForCausalLM(config).to(machine.device, getattr(torch, machine.dtype))
+        model(torch.zeros(1, 2, dtype=torch.long, device=machine.device), use_cache=False)
+    except Exception as error:  # transformers, or the package that it calls
+        raise InputError(f"--attention {machine.attention}: cannot be used here ({first_line(error)}); expected eager, "
+                         "sdpa, or another one that is installed and that the device has") from None
+
+
+def check_folder(folder, write=False):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if write:
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"--run {folder}: expected a folder that can be written ({error.strerror})") from None
