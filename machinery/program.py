@@ -33,7 +33,8 @@ CALLED = re.compile(r"(?<![\w.])([^\W\d]\w*)\s*\(")
 BUILTINS = set(dir(builtins))
 
 QUOTE = re.compile(r"^[ \t]*(?:(?:> ?)+|\.\.\. )", re.M)  # a quotation, or the prompt of a session
-UNSEEN = {**dict.fromkeys([0xAD, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF]), **dict.fromkeys([0xA0, 0x202F, 0x3000], " ")}
+UNSEEN = {**dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff")),
+          **dict.fromkeys(map(ord, "\u00a0\u202f\u3000"), " ")}
 
 
 def dedent(code):
@@ -45,7 +46,8 @@ def dedent(code):
 def extract_code(answer):
     """The program in an answer: its fenced Markdown blocks (those marked as Python, if some are), or all of it."""
     answer = answer.lstrip("\ufeff").replace("\r\n", "\n")
-    blocks = [(kind.lower(), dedent(body)) for _, kind, body in FENCE.findall(answer) if body.strip()]
+    blocks = [(kind.lower(), dedent(body))
+              for _, kind, body in FENCE.findall(answer) if body.strip()]
     python = [body for kind, body in blocks if kind in ("python", "py", "python3", "py3", "ipython", "code")]
     code = "\n".join(python or [body for kind, body in blocks if not kind])
     return code or re.sub(rf"(?m)^ {{0,3}}(```+|~~~+)({INFO}|.*$)", "", answer)
@@ -65,14 +67,17 @@ def python_parts(text):
     The longest comes first: marks inside of what compiles stand in its strings and comments, and end nothing.
     """
     marks = [mark.span() for mark in MARK.finditer(text)][:MOST_MARKS]
-    starts, ends = [0, *(end for _, end in marks)], [*(start for start, _ in marks), len(text)]
+    starts = [0, *(end for _, end in marks)]
+    ends = [*(start for start, _ in marks), len(text)]
     i = 0
     while i < len(starts):
-        parts = [dedent(text[starts[i]:end]) for end in ends[i:]]
-        longest = next((k for k in reversed(range(len(parts))) if compiles(parts[k])), None)
-        if longest is not None:
-            yield parts[longest]
-        i += 1 + (longest or 0)
+        for last in reversed(range(i, len(ends))):
+            part = dedent(text[starts[i]:ends[last]])
+            if compiles(part):
+                yield part
+                i = last
+                break
+        i += 1
 
 
 def candidates(answer):

@@ -22,7 +22,8 @@ def indented(text, by):
 
 def prompts(code):
     """A session of the interpreter."""
-    return "".join((">>> " if line[:1].strip() else "... ") + line for line in code.splitlines(keepends=True))
+    lines = code.splitlines(keepends=True)
+    return "".join((">>> " if line[:1].strip() else "... ") + line for line in lines)
 
 
 WRAPS = {  # {name: an answer that holds a program, given its text, which ends in a line break}
@@ -140,7 +141,8 @@ def test_a_first_call_that_does_not_end_costs_only_itself(monkeypatch):
     answer = ("table = {}\nfor x in range(4):\n    table[x] = x * x\ndef f(x):\n    while x == 0:\n        pass\n"
               "    return [x, table[x]]\n")
     start = time.monotonic()
-    assert grade([answer, "import os\n" + answer], [SQUARE] * 2, call_seconds=0.5, workers=2) == [0.75] * 2
+    answers = [answer, "import os\n" + answer]
+    assert grade(answers, [SQUARE] * 2, call_seconds=0.5, workers=2) == [0.75] * 2
     assert time.monotonic() - start < 5
 
 
@@ -165,7 +167,8 @@ def test_what_the_calls_call_decides():
     one, two = "```text\ng = 3\n```\n", "```text\ndef f(x):\n    return x\n\ndef h(x):\n    return x\n```\n"
     assert find_program("def f(x): return 1", ["f(1)"])[0] == "def f(x): return 1"
     source, code = find_program("See: ```a\ng = 1\n```\n```b\ndef h(): pass\n```", ["len(a.b(h(1)))"])
-    assert source.split() == ["g", "=", "1", "def", "h():", "pass"] and {"g", "h"} <= set(code.co_names)
+    assert source.split() == ["g", "=", "1", "def", "h():", "pass"]
+    assert {"g", "h"} <= set(code.co_names)
     task = Task("p", "def f(x):\n    return x\ndef g(x):\n    return x\n", {"a": "f(1)", "b": "g(1)"})
     assert grade([one + two + "so\n```python\nk = 1\n```"], [task]) == [0.5]
     with pytest.raises(SyntaxError, match="line 1"):
@@ -202,5 +205,6 @@ def test_real_references_are_right_however_they_are_wrapped():
         pytest.skip(f"the real ColBench tasks are not at {COLBENCH}")
     tasks, wraps = env.load_tasks(COLBENCH), list(WRAPS.values())
     plain = grade([task.ground_truth for task in tasks], tasks)
-    answers = [wraps[i % len(wraps)](task.ground_truth.rstrip() + "\n") for i, task in enumerate(tasks)]
-    assert [i for i, (one, other) in enumerate(zip(plain, grade(answers, tasks))) if one != other] == []
+    answers = [wraps[i % len(wraps)](task.ground_truth + "\n") for i, task in enumerate(tasks)]
+    rewards = grade(answers, tasks)
+    assert [i for i in range(len(tasks)) if rewards[i] != plain[i]] == []

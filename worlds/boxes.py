@@ -52,6 +52,9 @@ class Node:
             yield self
             self = self.parent
 
+    def within_svg(self):
+        return any(up.tag == "svg" for up in self.ancestors())
+
     def paints(self):
         """Does it declare something that can be seen besides letters?"""
         if not self.style or self.tag.startswith("#") or self.style["background-clip"] == "text":
@@ -67,17 +70,18 @@ class Node:
 
 @dataclass
 class Item:
-    """A box in the making."""
-    node: Node
+    """A box in the making: something painted, or a text."""
+    node: Node                   # whose name it has
     rect: list
-    order: int
+    painted: bool
     text: str = ""
+    writer: Node | None = None   # whose style the letters have
     letters: list = field(default_factory=list)
     font: float = 0.0
     tag: str = ""
-    part: str = ""
-    painted: bool = True
     under: int = -1              # the item that lies under it, -1 for the page
+    hidden: bool = False         # nothing of it lies on top
+    colours: np.ndarray | None = None  # samples of its own pixels
     back: np.ndarray | None = None
     ink: np.ndarray | None = None
     solid: bool = False
@@ -172,7 +176,7 @@ def text_runs(pieces):
 def words(run):
     """The text of a run, with a space where the eye sees one and without a list's bullet."""
     text = run[0][1]
-    for (_, before, (x, y, width, height)), (_, after, (next_x, next_y, _, _)) in pairwise(run):
+    for (*_, (x, y, width, height)), (_, after, (next_x, next_y, *_)) in pairwise(run):
         apart = abs(next_y - y) > height / 2 or next_x - (x + width) > height / 5
         text += " " * apart + after
     return re.sub(r"^[•◦▪■●‣▸▾]\s*", "", re.sub(r"\s+", " ", text).strip())[:500]
@@ -190,34 +194,29 @@ def owner(run):
 def text_items(pieces, height, width):
     items = []
     for run in text_runs(pieces):
-        node, letters, text = owner(run), around([bounds for *_, bounds in run], height, width), words(run)
-        if letters and text:
-            items.append(Item(node, letters, max(piece.order for piece, *_ in run), text, letters,
-                              font_size(run[0][0]), painted=False))
-            items[-1].source = run[0][0]
+        letters = around([bounds for *_, bounds in run], height, width)
+        if letters and words(run):
+            writer = run[0][0]
+            items.append(Item(owner(run), letters, False, words(run), writer, letters, font_size(writer)))
     return items
 
 
 def painted_items(nodes, height, width):
-    """Items of all elements that declare a background, a border or a picture, or are a field."""
+    """Items of all elements that declare a background, a border or a picture, or are a field, as they are painted."""
     items = []
     for node in nodes:
-        if not (node.bounds and node.element and node.paints()):
+        drawn = node.bounds and node.element and node.paints()
+        if not drawn or node.parent.within_svg():
             continue
-        rect = around([node.bounds], height, width)
-        image = node.style["background-image"] != "none"
+        image, rect = node.style["background-image"] != "none", around([node.bounds], height, width)
         if node.tag == "body" and image:
             rect = [0, 0, width, height]  # it is spread over the whole page
-        if rect and not image and rect[2] * rect[3] >= WHOLE * width * height:
-            continue  # the ground of the whole page, whoever declares it
-        if rect is None or node.tag == "html" or any(up.tag == "svg" for up in node.parent.ancestors()):
-            continue
-        items.append(Item(node, rect, node.order))
+        if rect is None or not image and rect[2] * rect[3] >= WHOLE * width * height:
+            continue  # out of sight, or the ground of the whole page, whoever declares it
+        items.append(Item(node, rect, True))
         if node.tag in FIELDS:
-            items[-1].text, items[-1].letters = node.element["text"][:500], rect
-            items[-1].font = font_size(node)
-            items[-1].source = node
-    return items
+            items[-1] = Item(node, rect, True, node.element["text"][:500], node, rect, font_size(node))
+    return sorted(items, key=lambda item: item.node.order)
 
 
 # ------------------------------------------------------------------ the pixels
@@ -261,22 +260,20 @@ def page_background(pixels, top):
     return main_colour(colours[free] if free.mean() > 0.01 else colours)[0]
 
 
+def sides(rect, outside, shape):
+    """Indices of the line of pixels along each side, so many pixels outside, where the page goes on that far."""
+    x, y, width, height = rect
+    rows, columns = (y - outside, y + height - 1 + outside), (x - outside, x + width - 1 + outside)
+    return ([(row, slice(x, x + width)) for row in rows if 0 <= row < shape[0]]
+            + [(slice(y, y + height), column) for column in columns if 0 <= column < shape[1]])
+
+
 def edged(item, k, under, pixels, top):
     """Is there a line along one of its sides, inside, or outside where it has an outline or a shadow?"""
-    x, y, width, height = item.rect
-    outside = item.node.style["outline-style"] != "none" or item.node.style["box-shadow"] != "none"
-    for shift in (0, 1)[:1 + outside]:
-        ground, label = (under, None) if shift else (item.back, k + 1)
-        for row, column in ((y - shift, slice(x, x + width)), (y + height - 1 + shift, slice(x, x + width)),
-                            (slice(y, y + height), x - shift), (slice(y, y + height), x + width - 1 + shift)):
-            at = [place for place in (row, column) if not isinstance(place, slice)][0]
-            if not 0 <= at < pixels.shape[int(isinstance(row, slice))]:
-                continue
-            line = pixels[row, column]
-            line = line[top[row, column] == label] if label else line
-            if len(line) and (np.abs(line - ground).max(-1) >= EDGE).mean() >= EDGE_SHARE:
-                return True
-    return False
+    lines = [(pixels[side][top[side] == k + 1], item.back) for side in sides(item.rect, 0, pixels.shape)]
+    if item.node.style["outline-style"] != "none" or item.node.style["box-shadow"] != "none":
+        lines += [(pixels[side], under) for side in sides(item.rect, 1, pixels.shape)]
+    return any(len(line) and (np.abs(line - ground).max(-1) >= EDGE).mean() >= EDGE_SHARE for line, ground in lines)
 
 
 def look_at_paint(items, pixels, top, background):
@@ -295,7 +292,6 @@ def look_at_paint(items, pixels, top, background):
         differs = np.abs(item.back - under).max() >= SET_OFF
         uneven = np.ptp(item.colours, axis=0).max() >= EDGE
         image = item.node.style["background-image"]
-        pictured = item.node.tag in PICTURES or "url(" in image
         if item.node.tag in PICTURES or "url(" in image:
             item.picture = bool(item.node.tag == "img" or uneven)
         if not item.picture:
@@ -309,7 +305,7 @@ RECOLOURS = {"filter": "none", "mix-blend-mode": "normal"}
 def declared_ink(node):
     """The colour that a text's style asks for: [r, g, b], or None where something changes it on the way."""
     style = node.style
-    colour = style["fill"] if any(up.tag == "svg" for up in node.ancestors()) else style["-webkit-text-fill-color"]
+    colour = style["fill" if node.within_svg() else "-webkit-text-fill-color"]
     changed = any(up.style and (up.style["background-clip"] == "text"
                                 or any(up.style[name] != plain for name, plain in RECOLOURS.items()))
                   for up in node.ancestors())
@@ -328,7 +324,7 @@ def look_at_letters(item, pixels):
         return
     ground, share = main_colour(patch)
     away = patch - (ground if share >= MAIN_SHARE else np.median(patch, axis=0))
-    distance, wanted = np.linalg.norm(away, axis=-1), declared_ink(item.source)
+    distance, wanted = np.linalg.norm(away, axis=-1), declared_ink(item.writer)
     needed = CONTRAST
     if wanted is not None:
         way = wanted - (patch[0] - away[0])
@@ -379,34 +375,34 @@ def side_by_side(item, items):
     return sum(map(like, items))
 
 
+def record(item, items):
+    ink = item.back if item.ink is None else item.ink
+    back, ink = ([round(float(value)) for value in colour] for colour in (item.back, ink))
+    return {"tag": item.tag, "part": item.node.element["part"], "text": item.text, "letters": item.letters or item.rect,
+            "solid": item.solid, "picture": item.picture, "rect": item.rect, "back": back, "ink": ink,
+            "font": item.font, "row": side_by_side(item, items)}
+
+
 def see(snapshot, elements, pixels, most):
     """(boxes, background) of a page. elements: {number: what see.js says}; pixels: [rows, columns, 3]; most: boxes at
     most, the largest."""
     height, width, _ = pixels.shape
     nodes, pieces = read_layout(snapshot, elements)
-    items = sorted(painted_items(nodes, height, width), key=lambda item: item.order)
+    items = painted_items(nodes, height, width)
     items += text_items(pieces, height, width)  # last: what lies over a text would hide it
     pixels = pixels.astype(np.int16)
     top = layer(items, (height, width))
     background = page_background(pixels, top)
     look_at_paint(items, pixels, top, background)
     for item in items:
-        item.tag, item.part = tag_of(item.node) if item.painted else item.node.tag, item.node.element["part"]
+        item.tag = tag_of(item.node) if item.painted else item.node.tag
         if item.text:
             look_at_letters(item, pixels)
     items = join_texts(items)
     painters = {id(item.node) for item in items if item.painted}
     for item in items:
         if not item.painted and id(item.node) in painters:
-            item.tag = ""
+            item.tag = ""  # one of several texts in a button is no button
     largest = sorted(items, key=lambda item: -item.rect[2] * item.rect[3])[:most]
     boxes = [record(item, items) for item in sorted(largest, key=lambda item: (item.rect[1], item.rect[0]))]
     return boxes, [round(float(value)) for value in background]
-
-
-def record(item, items):
-    colours = [[round(float(value)) for value in (colour if colour is not None else item.back)]
-               for colour in (item.back, item.ink)]
-    return {"tag": item.tag, "part": item.part, "text": item.text, "letters": item.letters or item.rect,
-            "solid": bool(item.solid), "picture": item.picture, "rect": item.rect, "back": colours[0],
-            "ink": colours[1], "font": item.font, "row": side_by_side(item, items)}

@@ -282,7 +282,8 @@ def _draw(source, wanted):
 def _shelf():
     """A database of pages drawn before, and the key that they were drawn under: this code and this browser."""
     browser = Path(find_browser()).resolve()
-    parts = [Path(__file__).read_bytes(), Path(boxes.__file__).read_bytes(), SEE.encode(), f"{browser} {browser.stat().st_mtime_ns}".encode()]
+    parts = [Path(__file__).read_bytes(), Path(boxes.__file__).read_bytes(), SEE.encode(),
+             f"{browser} {browser.stat().st_mtime_ns}".encode()]
     shelf = sqlite3.connect(cache_folder() / "pages.db", timeout=60.0, check_same_thread=False)
     shelf.execute("create table if not exists pages (key text primary key, page text)")
     return shelf, hashlib.sha256(b"".join(parts)).hexdigest()
