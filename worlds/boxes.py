@@ -24,7 +24,7 @@ FIELDS = ("input", "textarea", "select")
 PICTURES = ("img", "svg", "canvas")
 NAMED = ("a", "li", "button", "h1", "h2", "h3", "h4", "nav", "header", "footer", "aside")  # tags that tell what it is
 GRID = 32            # samples of a box's pixels, across and down
-LETTERS = 20_000     # samples of a text's pixels
+LETTERS = 6_000      # samples of a text's pixels
 WHOLE = 0.99         # a plain box that covers this much of the page is its background
 MAIN_SHARE = 0.2     # a colour that fewer of the samples have is not the box's: then it is their mean
 SET_OFF = 3          # steps of a channel by which a box differs from what lies under it
@@ -390,7 +390,6 @@ def see(snapshot, elements, pixels, most):
     nodes, pieces = read_layout(snapshot, elements)
     items = painted_items(nodes, height, width)
     items += text_items(pieces, height, width)  # last: what lies over a text would hide it
-    pixels = pixels.astype(np.int16)
     top = layer(items, (height, width))
     background = page_background(pixels, top)
     look_at_paint(items, pixels, top, background)
