@@ -2,9 +2,9 @@
 
     find_program(answer, calls) -> the first candidate that compiles and defines what the calls call
 
-The candidates, in order: the whole text; its fenced Markdown blocks; all its parts that are Python, wherever fences or
-tags stand, without prose and without drafts that do not compile, joined and one by one; and the same for the text
-without quote marks, prompts and characters that nobody sees.
+The candidates, in order: the whole text, where it begins as a program does; its fenced Markdown blocks; all its parts
+that are Python, wherever fences or tags stand, without prose and without drafts that do not compile, joined and one by
+one; and the same for the text without quote marks, prompts and characters that nobody sees.
 
 Place in the data flow: an answer -> its program -> machinery/sandbox_worker.py runs it. The text of this file is handed
 to the far side of the sandbox and works there, because compiling what a stranger wrote can end a process. It imports
@@ -27,19 +27,22 @@ PROSE = "|".join((
     r"\W{0,4}[A-Z][^=(\[{:@`~<\n]*:?\W{0,3}$",  # Sure! **Explanation:**
     rf"(?:[-*+•]|\d+[.)]) (?:{STOP}.)*",  # an item of a list
     r"[-=*_]{3,}[ \t]*$"))  # a line across the page
-MARK = re.compile(rf"(?:`{{3,}}|~{{3,}}|</?[A-Za-z][^<>\n]*>)(?:{INFO}|(?:{STOP}.)*)|(?:^(?:{PROSE})\n*)+", re.M)
+MARK = rf"(?m)(?:`{{3,}}|~{{3,}}|</?[A-Za-z][^<>\n]*>)(?:{INFO}|(?:{STOP}.)*)|(?:^(?:{PROSE})\n*)+"  # rarely compiled
 MOST_MARKS = 60  # the number of tries grows with its square
+MARGIN = re.compile(r"(?:[ \t]*\n)*([ \t]*)")
+PLAIN = re.compile(rf"{CODE}|['\"#]")  # how programs begin: no need to look for fences, which stand in their strings
 CALLED = re.compile(r"(?<![\w.])([^\W\d]\w*)\s*\(")
 BUILTINS = set(dir(builtins))
+STORES = dis.opmap["STORE_NAME"], dis.opmap["STORE_GLOBAL"]
 
-QUOTE = re.compile(r"^[ \t]*(?:(?:> ?)+|\.\.\. )", re.M)  # a quotation, or the prompt of a session
+QUOTE = r"(?m)^[ \t]*(?:(?:> ?)+|\.\.\. )"  # a quotation, or the prompt of a session
 UNSEEN = {**dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff")),
           **dict.fromkeys(map(ord, "\u00a0\u202f\u3000"), " ")}
 
 
 def dedent(code):
     """Remove the first line's indentation from all lines that have it (textwrap.dedent changes strings)."""
-    margin = re.match(r"(?:[ \t]*\n)*([ \t]*)", code)[1]
+    margin = MARGIN.match(code)[1]
     return re.sub(f"(?m)^{margin}", "", code) if margin else code
 
 
@@ -66,7 +69,7 @@ def python_parts(text):
 
     The longest comes first: marks inside of what compiles stand in its strings and comments, and end nothing.
     """
-    marks = [mark.span() for mark in MARK.finditer(text)][:MOST_MARKS]
+    marks = [mark.span() for mark in re.finditer(MARK, text)][:MOST_MARKS]
     starts = [0, *(end for _, end in marks)]
     ends = [*(start for start, _ in marks), len(text)]
     i = 0
@@ -82,10 +85,11 @@ def python_parts(text):
 
 def candidates(answer):
     """Yield all texts that could be an answer's program, the most likely first."""
-    yield answer
+    if PLAIN.match(answer):
+        yield answer
     yield extract_code(answer)
     text = re.sub("\r\n?", "\n", answer)
-    for version in (text, QUOTE.sub("", text.translate(UNSEEN))):
+    for version in (text, re.sub(QUOTE, "", text.translate(UNSEEN))):
         yield version
         parts = list(python_parts(version))
         yield "\n".join(parts)
@@ -94,7 +98,8 @@ def candidates(answer):
 
 def bound(code):
     """The names that a program's top level binds: by definitions, imports and assignments."""
-    return {step.argval for step in dis.get_instructions(code) if step.opname in ("STORE_NAME", "STORE_GLOBAL")}
+    steps = zip(code.co_code[::2], code.co_code[1::2])  # (behind EXTENDED_ARG, the 257th name passes for another)
+    return {code.co_names[name] for step, name in steps if step in STORES}
 
 
 def find_program(answer, calls):
@@ -102,7 +107,7 @@ def find_program(answer, calls):
     calls call, or else most of them. An exception says why there is none."""
     wanted = set(CALLED.findall("\n".join(calls))) - BUILTINS
     best, most, failure = None, 0 if wanted else -1, None
-    for source in dict.fromkeys(candidates(answer)):
+    for source in candidates(answer):
         try:
             code = compile(source, "<answer>", "exec")
         except Exception as error:  # SyntaxError, ValueError, MemoryError, ...

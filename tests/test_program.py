@@ -124,8 +124,8 @@ def test_every_wrapping_of_every_program_is_right(monkeypatch):
 def test_an_example_that_does_not_end_is_left_out(example, monkeypatch):
     monkeypatch.setattr(env, "_REPORTS", {})
     start = time.monotonic()
-    answers = [RIGHT + example, f"```python\n{RIGHT}```\nand\n```python\n{example}```", example + RIGHT]
-    assert grade(answers, [SQUARE] * 3, call_seconds=0.5, workers=3) == [1.0] * 3
+    answers = [RIGHT + example, f"```python\n{RIGHT}```\nand\n```python\n{example}```", f"{example}\n{RIGHT}"]
+    assert grade(answers, [SQUARE] * 3, call_seconds=0.8, workers=3) == [1.0] * 3
     assert time.monotonic() - start < 15
 
 
