@@ -22,6 +22,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is imported
 
 from env import end_of_turn
+from machinery.files import InputError
+from machinery.train import check_adapters
 from worlds import backend as world
 
 torch.set_num_threads(1)
@@ -135,6 +137,14 @@ def save_model(folder, seed=0, context=8192, template=CHAT, control=("<|im_start
     model.save_pretrained(folder)
     made.save_pretrained(folder)
     return str(folder)
+
+
+def needs_peft():
+    """Skip a test of adapters where peft is missing, or is not the one that transformers asks for."""
+    try:
+        check_adapters("the test")
+    except InputError as error:
+        pytest.skip(str(error))
 
 
 def free_port():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import free_port, save_model
+from conftest import free_port, needs_peft, save_model
 
 import simulator
 import sweet as program
@@ -23,6 +23,7 @@ from worlds import pages
 
 ROOT = Path(__file__).resolve().parent.parent
 TASK = {"problem_description": "p", "ground_truth": "def f():\n    return 1\n", "test_cases": {"a": "f()"}}
+TURNS = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "x"}]
 
 
 def names_in(file):
@@ -102,7 +103,7 @@ def test_pins_are_those_that_the_tests_run_with():
 
 def test_peft_that_transformers_refuses(monkeypatch):
     """transformers asks for a later peft than the newest: known before any work, with the pair that fits."""
-    pytest.importorskip("peft")
+    needs_peft()
     check_adapters("--lora")
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "0.1.0" if name == "peft" else real(name))
@@ -271,13 +272,13 @@ def test_a_model_that_is_none(tmp_path, monkeypatch, kind):
         save_model(model, template=None)
     args = ("--model", model, "--tasks", tasks, "--heldout", tasks)
     assert str(model) in refused(tmp_path / "run", *args)
-    (tmp_path / "t.jsonl").touch()
+    (tmp_path / "t.jsonl").write_text(json.dumps({"task": TASK, "dialogue_history": TURNS, "reward": 1.0}) + "\n")
     assert str(model) in refused(tmp_path / "run", "rft", *args, "--trajectories", tmp_path / "t.jsonl")
 
 
 def test_adapters_without_peft(tmp_path, stub):
     """--lora, and a --model that is adapters: peft is missed at the start."""
-    pytest.importorskip("peft")
+    needs_peft()
     from machinery.train import Machine, load_model, save_to
     agent = save_model(tmp_path / "agent")
     save_to(*load_model(agent, Machine(lora=2), train=True))(tmp_path / "adapters")
@@ -306,11 +307,10 @@ def test_what_a_finished_run_needs(tmp_path):
 
 def test_no_word_on_the_bars(tmp_path):
     """Stages with adapters and checkpointing on stderr: bars, and nothing else."""
-    pytest.importorskip("peft")
+    needs_peft()
     agent, tasks = save_model(tmp_path / "agent"), tmp_path / "tasks.jsonl"
     tasks.write_text(json.dumps(TASK) + "\n")
-    turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "x"}]
-    rows = [{"task": TASK, "dialogue_history": turns, "reward": float(i % 2)} for i in range(4)]
+    rows = [{"task": TASK, "dialogue_history": TURNS, "reward": float(i % 2)} for i in range(4)]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = subprocess.run([sys.executable, str(ROOT / "sweet.py"), "critic", "--run", str(tmp_path / "run"), "--model",
                            agent, "--tasks", str(tasks), "--heldout", str(tasks), "--lora", "2", "--checkpointing",

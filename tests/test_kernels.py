@@ -575,7 +575,7 @@ def test_triton_error_is_no_worse_than_eager(fused, n, d, v, dtype):
     """Values and both gradients against float64, on shapes that fill no block: at most 1.5 times eager's own error, in
     the mean over several seeds (more where there is one row: on 96 the ratio is 0.9 to 1.3, on one anything)."""
     errors = torch.zeros(2, 3)  # [ours, eager's] x [log-probs, gradient of hidden, gradient of weight]
-    for seed in range(96 if n == 1 else 4):
+    for seed in range(96 if n == 1 else 2):
         inputs = head_inputs(n, d, v, dtype, seed)
         hidden, weight, targets, upstream = inputs
         exact = forward_and_gradients(eager, hidden.double(), weight.double(), targets, upstream.double())

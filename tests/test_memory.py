@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs_peft
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from machinery.train import add_adapters
@@ -31,7 +32,7 @@ def test_parameters(shape, heads):
 
 
 def test_parameters_of_adapters():
-    pytest.importorskip("peft")
+    needs_peft()
     shape = memory.Shape("small", 64, 160, 2, 300, 32, True, False)
     model = AutoModelForCausalLM.from_config(config_of(shape, heads=4))
     add_adapters(model, 4, seed=0)
@@ -62,7 +63,7 @@ def test_activations_of_a_layer(wide, lora):
     for layers in (2, 4):
         model = AutoModelForCausalLM.from_config(config_of(shape, layers, heads=8), dtype=torch.bfloat16)
         if lora:
-            pytest.importorskip("peft")
+            needs_peft()
             add_adapters(model, memory.RANK, seed=0)
             model.get_input_embeddings().weight.requires_grad_(False)
         sizes.append(kept_bytes(model, torch.randint(300, (1, tokens))))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHAT, free_port, save_model
+from conftest import CHAT, free_port, needs_peft, save_model
 
 import actor
 import critic
@@ -352,7 +352,7 @@ def test_checkpointing_keeps_the_dropout_of_whole_layers_off(agent, tmp_path):
 
 
 def test_adapters_start_at_the_reference_and_leave_the_model_alone(agent, tmp_path):
-    pytest.importorskip("peft")
+    needs_peft()
     from transformers import AutoModelForCausalLM
     base, tokenizer = load_model(agent)
     adapted, _ = load_model(agent, Machine(lora=4), train=True)
@@ -374,7 +374,7 @@ def test_adapters_start_at_the_reference_and_leave_the_model_alone(agent, tmp_pa
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_come_back_as_they_were_trained(agent, tmp_path, dtype):
     """They learn in float32; a reloaded critic ranks with the log-probs of the one that was trained, to the bit."""
-    pytest.importorskip("peft")
+    needs_peft()
     machine = Machine(lora=4, dtype=dtype)
     model, tokenizer, _ = trained(agent, tmp_path / "out", Config(lr=3e-2), machine)
     views = views_of(tokenizer)
@@ -392,7 +392,7 @@ def test_adapters_come_back_as_they_were_trained(agent, tmp_path, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_learn_on(agent, tmp_path, lora, dtype):
     """A model that is adapters is the initial policy as it is; training goes on in them, with --lora and without."""
-    pytest.importorskip("peft")
+    needs_peft()
     machine = Machine(lora=lora, dtype=dtype)
     first, tokenizer, _ = trained(agent, tmp_path / "first", Config(lr=1e-2), Machine(lora=4, dtype=dtype))
     views = views_of(tokenizer)
@@ -409,7 +409,7 @@ def test_adapters_learn_on(agent, tmp_path, lora, dtype):
 
 
 def test_adapters_resume_bit_for_bit(agent, tmp_path):
-    pytest.importorskip("peft")
+    needs_peft()
     whole = trained(agent, tmp_path / "whole", Config(epochs=3), Machine(lora=2))[0].state_dict()
     calls = []
 
