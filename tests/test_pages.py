@@ -336,7 +336,7 @@ BAR = "<div style='position:{};left:0;width:100%;height:90px;background:navy'></
 TEXTS = "".join(f"<p style='position:absolute;margin:0;top:{y}px'>line {y}</p>" for y in range(130, 3000, 30))
 
 
-@pytest.mark.parametrize("bar", ["fixed;top:0", "fixed;bottom:0", "fixed;top:0;translate:0 -5px", "sticky;top:0",
+@pytest.mark.parametrize("bar", ["fixed;top:0", "fixed;bottom:0", "fixed;top:0;translate:0 -5px", "sticky;top:0;z-index:1",
                                  "fixed;top:0!important;pointer-events:none"])
 def test_a_bar_that_stays_hides_only_what_lies_under_it_in_the_picture(bar):
     """Every line of a page of four windows is read, but for the ones that the picture shows covered."""
