@@ -336,8 +336,8 @@ BAR = "<div style='position:{};left:0;width:100%;height:90px;background:navy'></
 TEXTS = "".join(f"<p style='position:absolute;margin:0;top:{y}px'>line {y}</p>" for y in range(130, 3000, 30))
 
 
-@pytest.mark.parametrize("bar", ["fixed;top:0", "fixed;bottom:0", "fixed;top:0;translate:0 -5px", "sticky;top:0;z-index:1",
-                                 "fixed;top:0!important;pointer-events:none"])
+@pytest.mark.parametrize("bar", ["fixed;top:0", "fixed;bottom:0", "fixed;top:0;translate:0 -5px",
+                                 "sticky;top:0;z-index:1", "fixed;top:0!important;pointer-events:none"])
 def test_a_bar_that_stays_hides_only_what_lies_under_it_in_the_picture(bar):
     """Every line of a page of four windows is read, but for the ones that the picture shows covered."""
     source = f"<body style='margin:0;height:3000px'>{TEXTS}{BAR.format(bar)}"
@@ -438,6 +438,9 @@ ARRIVES = [
     "p{{opacity:var(--o);animation:o 2s forwards}}</style><p>{}</p>",
     "<p style='opacity:0;animation:pulse 2s infinite'>{}</p>", "<p style='animation:k 4s infinite alternate'>{}</p>",
     "<p style='animation:k linear both;animation-timeline:view();animation-range:entry'>{}</p>",
+    "<p style='opacity:0;animation:pulse linear both;animation-timeline:view()'>{}</p>",
+    "<p style='opacity:0;animation:pulse linear;animation-timeline:scroll()'>{}</p>",
+    "<p style='opacity:0;animation:pulse 3s 1s infinite alternate'>{}</p>",
     "<p>{}</p><div style='position:fixed;inset:0;background:red;animation:out 1s 1s forwards'>Splash</div>",
     "<p style='animation:k 1s -9s both paused'>{}</p>", "<p style='animation:k .01s both'>{}</p>"]
 
@@ -497,6 +500,7 @@ def test_motion_that_svg_describes_is_drawn_as_it_ends():
              "to='0 0' dur=2s repeatCount=2 fill=freeze />"),
             ("", "<animate attributeName=opacity to=0 begin=click dur=1s fill=freeze />"),
             ("", "<set attributeName=opacity to=0 dur=1s />"), ("", "<set attributeName=opacity />"),
+            ("", "<set attributeName='no name' to=1 /><set href=#none attributeName=x to=1 />"),
             ("", "<animate attributeName=opacity from=0 to=1 dur=1s />")]
     first, *others = browser.render_pages([svg.format(*end) for end in [("", ""), *ends]], pictures=True)
     for end, page in zip(ends, others):

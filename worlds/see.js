@@ -27,7 +27,8 @@ tallest => {
   };
 
   const describe = (el, number) => {
-    const style = getComputedStyle(el), tag = el.tagName.toLowerCase(), field = ["input", "textarea", "select"].includes(tag);
+    const style = getComputedStyle(el), tag = el.tagName.toLowerCase();
+    const field = ["input", "textarea", "select"].includes(tag);
     el.setAttribute("data-nth", number);
     if (!el.checkVisibility({opacityProperty: true, visibilityProperty: true})) return null;
     const nodes = [...el.childNodes].filter(node => node.nodeType === 3 && node.data.trim());

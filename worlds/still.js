@@ -10,7 +10,8 @@ async () => {
   document.adoptedStyleSheets = [sheet];
 
   const seen = el => !el || el.checkVisibility({opacityProperty: true, visibilityProperty: true});
-  const goesOn = motion => motion.timeline !== document.timeline || motion.effect.getComputedTiming().endTime === Infinity;
+  const goesOn = ({timeline, effect}) =>
+    timeline !== document.timeline || effect.getComputedTiming().endTime === Infinity;
   for (let round = 0; round < 3; round += 1) {  // the end of one may be the start of another
     const motions = document.getAnimations().filter(motion => motion.effect && motion.playState !== "paused");
     for (const motion of motions) {
@@ -18,10 +19,10 @@ async () => {
       else motion.finish();
     }
     for (const motion of motions.filter(motion => goesOn(motion) && !seen(motion.effect.target))) {
-      const {delay, duration} = motion.effect.getComputedTiming();
       motion.timeline = document.timeline;
+      motion.effect.updateTiming({delay: 0, duration: 1000});
       motion.pause();
-      motion.currentTime = delay + duration / 2;
+      motion.currentTime = 500;
     }
   }
 
@@ -30,10 +31,11 @@ async () => {
       "repeatCount", "begin", "dur"].map(key => motion.getAttribute(key));
     const stays = motion.tagName === "set" && !length || fill === "freeze" && count !== "indefinite";
     const last = values?.split(";").map(value => value.trim()).filter(value => value).at(-1) ?? to;
-    if (!name || !last || !stays || /indefinite|click|mouse|focus|key|activate/.test(begin)) continue;
-    if (motion.tagName === "animateTransform") motion.targetElement.setAttribute(name, `${type ?? "translate"}(${last})`);
-    else if (CSS.supports(name, last)) motion.targetElement.style.setProperty(name, last, "important");
-    else motion.targetElement.setAttribute(name, last);
+    const el = motion.targetElement;
+    if (!el || !/^[\w:-]+$/.test(name) || !last || !stays || /indefinite|click|mouse|focus|key|activate/.test(begin)) continue;
+    if (motion.tagName === "animateTransform") el.setAttribute(name, `${type ?? "translate"}(${last})`);
+    else if (CSS.supports(name, last)) el.style.setProperty(name, last, "important");
+    else el.setAttribute(name, last);
   }
   for (const bar of document.querySelectorAll("progress:indeterminate")) bar.value = 0;
   if (document.fonts.status === "loading") await document.fonts.ready;
