@@ -83,6 +83,17 @@ def test_reward_of_references_and_of_nothing():
     assert all(0.3 < reward < 1.0 for reward in others)
 
 
+def test_a_reference_that_shows_nothing_is_reported_once(capsys):
+    """Too long to be drawn, or empty: one line each that names the task, however often it is graded."""
+    long, blank = f"<p>{'x' * browser.MOST_CHARACTERS}</p>", f"<html><!-- {random.random()} --></html>"
+    tasks = [Task("a page", long, where="tasks.jsonl, line 1"), Task("a page", blank, where="tasks.jsonl, line 2"),
+             Task("a page", "<p>fine</p>", where="tasks.jsonl, line 3")]
+    assert world.grade(["<p>fine</p>"] * 3, tasks) == world.grade(["<p>fine</p>"] * 3, tasks) == [0.0, 0.0, 1.0]
+    assert capsys.readouterr().err.splitlines() == [
+        "tasks.jsonl, line 1: broken task: its reference cannot be drawn: the source is longer than 200000 characters",
+        "tasks.jsonl, line 2: broken task: its reference cannot be drawn: there is nothing to see"]
+
+
 def test_reward_falls_with_the_number_of_wrong_slots():
     rng, means = random.Random(0), []
     for n in range(4):

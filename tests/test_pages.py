@@ -1,6 +1,8 @@
 """Pages in a real browser: what is seen, that it is the same each time, that hostile pages do no harm, and what
 similarity makes of graded damage to real pages."""
+import base64
 import http.server
+import io
 import json
 import os
 import random
@@ -81,7 +83,9 @@ HIDDEN = ["display:none", "visibility:hidden", "opacity:0", "color:white", "posi
           "mask-image:linear-gradient(transparent,transparent)"]
 COVERS = ["<div style='position:absolute;inset:60px 0 0 0;background:#eee'></div>",
           "<img style='position:absolute;pointer-events:none;left:0;top:60px;width:900px;height:900px' src=x>",
-          "<p style='position:absolute;top:40px;background:white;width:800px;height:99px'>--- -- -----</p>"]
+          "<p style='position:absolute;top:40px;background:white;width:800px;height:99px'>--- -- -----</p>",
+          "<div inert style='position:absolute;inset:60px 0 0 0;background:#eee'></div>",
+          "<div style='position:absolute;inset:60px 0 0 0;background:#eee;pointer-events:none!important'></div>"]
 
 
 def test_hidden_text_is_not_seen_and_gains_nothing():
@@ -251,6 +255,256 @@ def test_nothing_to_see_is_worth_nothing():
         page, again = browser.render_pages([source, source + " "], pictures=True)
         assert page.picture == again.picture and page.boxes == ()
         assert pages.similarity(page, again) == 0.0
+
+
+# ------------------------------------------------------------------ pictures, fields, what scrolls
+
+@pytest.mark.parametrize("address, size", [
+    ("https://picsum.photos/id/48/300/200", (300, 200)), ("https://picsum.photos/id/48/300", (300, 300)),
+    ("https://picsum.photos/id/48/300/200-learning", (300, 200)), ("https://picsum.photos/seed/7/30/20.jpg", (30, 20)),
+    ("https://picsum.photos/300.jpg", (300, 300)), ("https://kitten.example/g/300/200/?random=17", (300, 200)),
+    ("https://placehold.co/300x200", (300, 200)), ("https://placehold.co/300X200.png?text=1x1", (300, 200)),
+    ("//placehold.co/300x200@2x.png", (300, 200)), ("https://placehold.co/300x200/000/fff", (300, 200)),
+    ("https://placeholder.com/150/0000FF/808080", (150, 150)), ("http://dummyimage.com/300/09f/fff", (300, 300)),
+    ("https://images.example/photo-1550000000?auto=format&w=300&h=200&q=80", (300, 200)),
+    ("https://i.example/a.php?height=200&width=300", (300, 200)), ("http://i.example?size=300x200", (300, 200)),
+    ("https://images.example/upload/w_300,h_200,c_fill/a.jpg", (300, 200)), ("https://avatar.example/?s=64", (64, 64)),
+    ("http://192.168.10.20/2024/05/photo-1024x683.jpg", (1024, 683)), ("http://192.168.10.20/photo1.jpg", (300, 200)),
+    ("https://source.example/300%C3%97200", (300, 200)), ("http://[::1]/hero", (300, 200)), ("hero.png", (300, 200))])
+def test_the_size_that_an_address_asks_for(address, size):
+    assert browser.picture_size(address) == size
+
+
+GREY, WHITE = (148, 163, 184), (255, 255, 255)
+
+
+def pixels(page):
+    from PIL import Image
+    return Image.open(io.BytesIO(page.picture)).convert("RGB")
+
+
+def test_pictures_are_plain_ones_however_they_are_asked_for():
+    """Each way to ask for a picture of 60 x 40: it is there in this size, and nothing broken beside it."""
+    here = "p.example/60/40"
+    ways = [f"<img src=https://{here}>", f"<img src='//{here}'>", f'<img src="HTTP://{here}" alt=a>',
+            f"<img src=&#104;ttps://{here}>", f"<img src = //{here} loading=lazy>", "<img src=img/60x40.png>",
+            f"<img srcset='//{here} 1x'>", f"<img srcset='//{here}?a 60w' sizes=60px>",
+            f"<input type=image src=//{here}>", f"<picture><source srcset=//{here}><img src=//e/9/9></picture>",
+            f"<svg width=60 height=40><image href=https://{here} /></svg>",
+            f"<svg width=60 height=40><image xlink:href=//{here} /></svg>",
+            f"<img crossorigin src=//{here}>", f"<img crossorigin=use-credentials src=//{here}>",
+            f"<table background=//{here} width=60 height=40 cellspacing=0><td></table>"]
+    ways += [f"<div style='width:60px;height:40px;{css}'></div>" for css in (
+        f"background:url(//{here})", f"background:url( \"https://{here}\" )", f"background:URL(HTTPS://{here})",
+        f"background:image-set(\"//{here}\" 1x)", f"background:u\\72l(//{here})",
+        f"background:linear-gradient(transparent,transparent),url(//{here})", f"content:url(//{here})")]
+    ways += [f"<style>#a::before{{content:url(//{here})}}</style><div id=a></div>",
+             f"<meta http-equiv=Content-Security-Policy content=\"img-src 'none'\"><img src=//{here}>"]
+    top = "<!doctype html><body style='margin:0;line-height:0'>"
+    for way, page in zip(ways, browser.render_pages([top + way for way in ways], pictures=True)):
+        image = pixels(page).crop((0, 0, 80, 60))
+        assert image.crop((0, 0, 60, 40)).getcolors() == [(2400, GREY)], way
+        image.paste(WHITE, (0, 0, 60, 40))
+        assert image.getcolors() == [(4800, WHITE)], way
+
+
+def test_fields_are_read_as_a_person_reads_them():
+    fields = """<input type=checkbox checked><input type=radio><input type=range value=7><input type=color><input
+        type=file><input type=hidden value=secret><input type=password value=secret><input type=CHECKBOX value=yes>
+        <input type=password placeholder=Password><input type=submit value=Send><input type=submit><input type=reset>
+        <input value=typed><input placeholder=Name><textarea>two words</textarea>
+        <select><option>first<option selected>second</select>"""
+    read = ["Password", "Send", "Submit", "Reset", "typed", "Name", "two words", "second"]
+    assert sorted(texts(fields)) == sorted(read)
+
+
+def test_noscript_is_not_drawn():
+    """Nowhere, and in no spelling; and what only looks like it stays."""
+    plain = "<!doctype html><head><title>a</title></head><body><p>Words</p></body>"
+    parts = ["<noscript><p>Turn scripts on</p></noscript>", "<NoScript>off<img src=//t.example/1/1></NOSCRIPT >",
+             "<noscript><style>p{color:red}</style></noscript>", "<noscript class='a'><link rel=x></noscript\n>"]
+    sources = [plain.replace(tag, tag + part) for part in parts for tag in ("<head>", "<body>", "</p>")]
+    first, *others = browser.render_pages([plain, *sources], pictures=True)
+    for source, page in zip(sources, others):
+        assert page.picture == first.picture, source
+    kept = ["<!-- <noscript> --><p>Words</p>", "<textarea>a <noscript> b</textarea><p>Words</p>",
+            "<!--><p>Words</p><noscript>off</noscript>", "<p>Words</p><noscript>off"]
+    assert [texts(source)[-1] for source in kept] == ["Words"] * len(kept)
+
+
+BAR = "<div style='position:{};left:0;width:100%;height:90px;background:navy'></div>"
+TEXTS = "".join(f"<p style='position:absolute;margin:0;top:{y}px'>line {y}</p>" for y in range(130, 3000, 30))
+
+
+@pytest.mark.parametrize("bar", ["fixed;top:0", "fixed;bottom:0", "fixed;top:0;translate:0 -5px",
+                                 "sticky;top:0;z-index:1", "fixed;top:0!important;pointer-events:none"])
+def test_a_bar_that_stays_hides_only_what_lies_under_it_in_the_picture(bar):
+    """Every line of a page of four windows is read, but for the ones that the picture shows covered."""
+    source = f"<body style='margin:0;height:3000px'>{TEXTS}{BAR.format(bar)}"
+    if bar.startswith("sticky"):
+        source = f"<body style='margin:0;height:3000px'>{BAR.format(bar)}{TEXTS}"
+    page, = browser.render_pages([source], pictures=True)
+    image = pixels(page)
+    covered = {f"line {y}" for y in range(130, 3000, 30) if image.getpixel((1000, y + 9)) != WHITE}
+    read = {box["text"] for box in page.boxes if box["text"]}
+    assert read == {f"line {y}" for y in range(130, 3000, 30)} - covered
+    assert len(covered) == (3 if "bottom" in bar else 0)
+
+
+def test_what_covers_in_a_later_window_covers():
+    """Also inside what stays, and below it when it is taller than the window."""
+    cover = "<div style='position:absolute;top:1000px;left:0;width:100%;height:400px;background:navy'></div>"
+    tall = "<div style='position:fixed;top:0;left:0;width:100%;height:1400px;background:navy'>{}</div>"
+    in_bar = "<p style='position:absolute;color:white;margin:0;top:1000px'>in the bar</p>"
+    page, inside = browser.render_pages([f"<body style='margin:0;height:3000px'>{TEXTS}{cover}",
+                                         f"<body style='margin:0;height:3000px'>{TEXTS}{tall.format(in_bar)}"])
+    read = [box["text"] for box in page.boxes if box["text"]]
+    assert "line 970" in read and "line 1420" in read and not {"line 1030", "line 1360"} & set(read)
+    read = [box["text"] for box in inside.boxes if box["text"]]
+    assert "in the bar" in read and "line 1420" in read and not {"line 130", "line 820", "line 1360"} & set(read)
+
+
+# ------------------------------------------------------------------ the same each time
+
+def test_fonts_are_the_named_ones_whatever_the_machine_has(tmp_path, monkeypatch):
+    """A machine whose only font is another one draws the same; one without the named ones says what to install."""
+    source = "<p>Words <b>bold</b> <i>slanted</i> <code>code</code><p style='font-family:system-ui'>&#128512; words"
+    before, = browser.render_pages([source], pictures=True)
+    browser.close()
+    mono = next(Path("/usr/share/fonts").rglob("LiberationMono-Bold.ttf")).read_bytes()
+    (tmp_path / "only.ttf").write_bytes(mono)
+    (tmp_path / "fonts.conf").write_text(f"<fontconfig><dir>{tmp_path}</dir></fontconfig>")
+    monkeypatch.setenv("FONTCONFIG_FILE", str(tmp_path / "fonts.conf"))
+    after, = browser.render_pages([source], pictures=True)
+    browser.close()
+    assert before.picture == after.picture
+    monkeypatch.setattr(browser, "FONT_FOLDERS", (tmp_path,))
+    with pytest.raises(InputError, match="fonts are missing: DejaVuSans.ttf, .*; apt install .*fonts-dejavu-core"):
+        browser.fonts.__wrapped__()
+
+
+def test_drawings_are_kept_under_all_that_they_depend_on(monkeypatch):
+    """The code, the fonts, the browser: with another one of these, nothing that was kept is taken."""
+    def stamp():
+        return browser._shelf.__wrapped__()[1]
+    first, file = stamp(), browser.fonts()[0]
+    assert stamp() == first
+    for name, value in (("STILL", "()"), ("SEE", "()"), ("fonts", lambda: (file, "other"))):
+        with monkeypatch.context() as patch:
+            patch.setattr(browser, name, value)
+            assert stamp() != first, name
+
+
+POISON = [
+    "<meta name=color-scheme content=dark>", "<meta name=color-scheme content='dark light'><p>dark", "<base href=//e/>",
+    "<style>:root{color-scheme:dark}</style>", "<html style='color-scheme:dark;zoom:3' dir=rtl lang=ar><p>big",
+    "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'\">", "<!doctype html><p>standards",
+    "<meta\ncontent=\"default-src 'none'\"\ntitle='>'\nHTTP-EQUIV\n=Content-Security-Policy><p>odd",
+    "<meta title='>' http-equiv=&#67;ontent-security-policy content='sandbox'>", "<meta name=referrer content=never>",
+    "<meta title='>' http-equiv=default-style content=b><style title=b>p{color:red}</style><p>titled",
+    "<meta name=viewport content='width=300,initial-scale=4'>", "<div style='height:9000px'></div><input autofocus>",
+    "<p style='margin-top:4000px'><a href=# autofocus id=x>below</a>", "<dialog open>over<button autofocus>x</button>",
+    "<style>@view-transition{navigation:auto}::view-transition-old(root){animation-duration:9s}</style><p>old",
+    "<html style='background:red;overflow:hidden;scrollbar-gutter:stable;font-size:40px'><p>red", "<title>t</title>",
+    "<link rel=icon href=//e/1/1><link rel=stylesheet href=//e/a.css><style>@font-face{font-family:Arial;src:url(x)}",
+    "<meta charset=utf-16><p>\u00e9", "<frameset><frame src=a></frameset>", "<meta http-equiv=refresh content=9>",
+    "<form><input name=body><input name=style><img name=children></form>", "<a href=/ target=other>visited</a>"]
+
+
+def test_no_page_leaves_a_trace_on_the_next():
+    """The same browser draws a page the same after each of these."""
+    browser.close()
+    plain = ("<style>@view-transition{navigation:auto}</style><body><h1 style='font-family:Arial'>Plain \u00e9</h1>"
+             "<p>Words <a href=#>link</a> <a href=/>link</a><form><input name=a value=b><select><option>c</select>"
+             "</form><img src=//e/90/90><div style='height:1500px'>tall</div>")
+    first = browser._draw(plain, True)
+    assert first.picture and not first.failure
+    for source in POISON:
+        browser._draw(source, False)
+        after = browser._draw(plain, True)
+        assert after.picture == first.picture and after.boxes == first.boxes, source
+    assert browser._WORKERS.qsize() == 1
+
+
+FADE = "<style>@keyframes k{from{opacity:0;transform:translateY(50px)}to{opacity:1;transform:none}}" \
+       "@keyframes pulse{50%{opacity:1}}@keyframes out{to{opacity:0;visibility:hidden}}</style>"
+ARRIVES = [
+    "<p style='opacity:0;animation:k 1s forwards'>{}</p>", "<p style='animation:k 3s 1s both'>{}</p>",
+    "<p style='opacity:0;animation:k 1s forwards!important'>{}</p>", "<p style='animation:k 60s 9s 3 backwards'>{}</p>",
+    "<div style='opacity:0;animation:k 1s .5s forwards'><p style='opacity:0;animation:k 1s 2s forwards'>{}</p></div>",
+    "<style>p{{opacity:1;transition:opacity 5s!important}}@starting-style{{p{{opacity:0}}}}</style><p>{}</p>",
+    "<style>p::first-line{{color:black}}p{{animation:k 1s steps(3) both}}</style><p>{}</p>",
+    "<style>@property --o{{syntax:'<number>';inherits:false;initial-value:0}}@keyframes o{{to{{--o:1}}}}"
+    "p{{opacity:var(--o);animation:o 2s forwards}}</style><p>{}</p>",
+    "<p style='opacity:0;animation:pulse 2s infinite'>{}</p>", "<p style='animation:k 4s infinite alternate'>{}</p>",
+    "<p style='animation:k linear both;animation-timeline:view();animation-range:entry'>{}</p>",
+    "<p style='opacity:0;animation:pulse linear both;animation-timeline:view()'>{}</p>",
+    "<p style='opacity:0;animation:pulse linear;animation-timeline:scroll()'>{}</p>",
+    "<p style='opacity:0;animation:pulse 3s 1s infinite alternate'>{}</p>",
+    "<p>{}</p><div style='position:fixed;inset:0;background:red;animation:out 1s 1s forwards'>Splash</div>",
+    "<p style='animation:k 1s -9s both paused'>{}</p>", "<p style='animation:k .01s both'>{}</p>"]
+
+
+def test_a_page_that_fades_in_is_drawn_as_it_arrives():
+    """The same pixels as the page that stands there from the start."""
+    still, *others = browser.render_pages([FADE + way.format("Here it is") for way in ["<p>{}</p>", *ARRIVES]], True)
+    for way, page in zip(ARRIVES, others):
+        assert page.picture == still.picture and [box["text"] for box in page.boxes] == ["Here it is"], way
+
+
+def moving_pictures():
+    """Data URLs of pictures that go from red to blue."""
+    from PIL import Image
+    for kind, options in (("gif", {}), ("webp", {"lossless": True}), ("png", {})):
+        out, red, blue = io.BytesIO(), Image.new("RGB", (50, 50), "red"), Image.new("RGB", (50, 50), "blue")
+        red.save(out, kind, save_all=True, append_images=[blue], duration=30, loop=0, **options)
+        yield f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+    svg = ("<svg xmlns='http://www.w3.org/2000/svg' width='400' height='50'><rect width='9' height='9'><animate "
+           "attributeName='width' to='400' dur='.4s' repeatCount='indefinite'/></rect></svg>")
+    yield f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+
+
+RUNS = "@keyframes k{to{left:900px}}"
+MOVING = [
+    "<svg><rect width=9 height=9><animate attributeName=width to=900 dur=.5s repeatCount=indefinite /></rect></svg>",
+    "<svg width=900><rect width=9 height=9><animateTransform attributeName=transform type=translate to=800 dur=.7s "
+    "repeatCount=indefinite /></rect></svg>", "<svg><set attributeName=opacity to=0 begin=.12s /><text y=20>a</svg>",
+    "<marquee>words that run</marquee>", "<marquee behavior=alternate direction=up scrollamount=40>words</marquee>",
+    f"<style>{RUNS}</style><p style='position:relative;animation:k .5s infinite!important'>runs</p>",
+    f"<style>{RUNS}@layer a{{p{{position:relative;animation:k .5s infinite!important}}}}</style><p>runs",
+    "<style>@keyframes k{to{margin:900px}}p::before{content:'x';animation:k .5s infinite!important}</style><p>runs",
+    "<style>p{margin-left:900px;transition:all .7s!important}@starting-style{p{margin-left:0}}</style><p>runs",
+    "<style>@keyframes k{to{margin-left:900px}}</style><div><template shadowrootmode=open><p style='animation:k .5s "
+    "infinite'>in the shadow</p></template></div>", "<progress></progress>", "<input autofocus value=a>",
+    "<input autofocus style='caret-color:red!important' value=a>", "<textarea autofocus>a</textarea>",
+    "<div contenteditable autofocus>a</div>", "<dialog open>a<input autofocus></dialog>"]
+
+
+def test_nothing_moves():
+    """Each page four times, at moments that differ: the same pixels."""
+    sources = MOVING + [way for url in moving_pictures() for way in (f"<img src=\"{url}\">",
+                                                                     f"<p style='background:url(\"{url}\")'>x")]
+    first, *others = [browser.render_pages(sources, pictures=True) for _ in range(4)]
+    for again in others:
+        for source, one, other in zip(sources, first, again):
+            assert one.picture and one.picture == other.picture, source
+
+
+def test_motion_that_svg_describes_is_drawn_as_it_ends():
+    """The same pixels as the end; what waits for a click, or is gone at its end, is drawn as it is without."""
+    svg = "<svg width=400><g {}><rect width=90 height=90 />{}</g></svg>"
+    ends = [("opacity=0", "<animate attributeName=opacity from=0 to=1 dur=1s fill=freeze />"),
+            ("style='opacity:0'", "<animate attributeName=opacity values='0; .5 ;1;' dur=1s begin=2s fill=freeze />"),
+            ("opacity=0 id=a", "</g><set href=#a attributeName=opacity to=1 begin=2s />"),
+            ("transform='translate(50 9)'", "<animateTransform attributeName=transform type=translate from='50 9' "
+             "to='0 0' dur=2s repeatCount=2 fill=freeze />"),
+            ("", "<animate attributeName=opacity to=0 begin=click dur=1s fill=freeze />"),
+            ("", "<set attributeName=opacity to=0 dur=1s />"), ("", "<set attributeName=opacity />"),
+            ("", "<set attributeName='no name' to=1 /><set href=#none attributeName=x to=1 />"),
+            ("", "<animate attributeName=opacity from=0 to=1 dur=1s />")]
+    first, *others = browser.render_pages([svg.format(*end) for end in [("", ""), *ends]], pictures=True)
+    for end, page in zip(ends, others):
+        assert page.picture == first.picture, end
 
 
 # ------------------------------------------------------------------ hostile pages

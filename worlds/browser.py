@@ -9,10 +9,14 @@ Text counts where it can be read: not hidden, off the page, covered, without siz
 
 The browser is Debian's or yours, driven by Playwright, one in each of two worker processes. Pages are strangers: no
 scripts, no network, no files. Tailwind 2.2.19, which every page of ColBench links, comes from a local copy; pictures
-are replaced by plain ones of the size that their address asks for; whatever else a page asks for is refused, and
-animations stand still, so that a page looks the same each time. A worker that does not answer in time is killed with
-its browser, and the page tried once more; a page that cannot be drawn has no boxes, and says why in `Page.failure`.
-Not contained: a fault in Chromium itself, which runs without its own sandbox (that one does not start as root).
+are replaced by plain ones of the size that their address asks for; whatever else a page asks for is refused. A worker
+that does not answer in time is killed with its browser, and the page tried once more; a page that cannot be drawn has
+no boxes, and says why in `Page.failure`. Not contained: a fault in Chromium itself, which runs without its own sandbox
+(that one does not start as root).
+
+A page looks the same each time and on each machine. Each one is a document of its own, so that none leaves a trace on
+the next. Whatever moves is brought to rest (worlds/still.js). The fonts are the 18 files of `FONTS`, whatever else is
+installed; what these cannot write (emoji, Chinese) is an empty box everywhere.
 
 Place in the data flow: sources of pages -> `render_pages` -> worlds/pages.py (similarity), worlds/frontend.py (the
 human's eyes). Needs `pip install playwright pillow`, a Chromium, and npm, once, for pages that link Tailwind.
@@ -35,10 +39,12 @@ import tarfile
 import tempfile
 import threading
 import time
+import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from xml.sax.saxutils import escape
 
 import numpy as np
 
@@ -49,6 +55,11 @@ ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 INSTALL = "apt install chromium-headless-shell fonts-dejavu-core fonts-liberation; pip install playwright pillow"
 TAILWIND = "tailwindcss@2.2.19"
+ADDRESS = "http://page.invalid/"  # where the browser believes each page to be
+FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
+FONTS = [f"DejaVu{family}{face}.ttf" for family in ("Sans", "SansMono", "Serif") for face in ("", "-Bold")]
+FONTS += [f"Liberation{family}-{face}.ttf" for family in ("Sans", "Serif", "Mono")
+          for face in ("Regular", "Bold", "Italic", "BoldItalic")]
 WIDTH, HEIGHT, TALLEST, CELL = 1280, 720, 8000, 40  # pixels: the window, the part of a page that counts, a cell
 MOST_BOXES, MOST_CHARACTERS = 300, 200_000
 WORKERS, SECONDS, RECYCLE = 2, 1.5, 400  # workers, the time they have for a page, pages until a new one (it grows)
@@ -80,11 +91,15 @@ def cache_folder():
     return folder
 
 
+def tailwind_file():
+    return cache_folder() / "tailwind-2.2.19.min.css"
+
+
 @functools.lru_cache(maxsize=1)
 def tailwind_rules():
     """Tailwind, fetched once with npm: [(media query or "", rule, for each of its selectors the classes that it
     needs)], and {class: indices of rules} with the rules that need none under ""."""
-    file = cache_folder() / "tailwind-2.2.19.min.css"
+    file = tailwind_file()
     if not file.exists():
         with tempfile.TemporaryDirectory() as scratch:
             try:
@@ -121,37 +136,63 @@ def tailwind_for(source):
     return f"<style>{''.join(parts)}</style>"
 
 
-def placeholder(address):
-    """A plain picture in the place of one from the network, of the size that its address asks for (the last two
-    numbers)."""
-    numbers = [int(n) for n in re.findall(r"(?<![\w.])\d{1,4}(?![\w.]*\.)", address)][-2:] or [300, 200]
-    return ("data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22 width=%22{}%22 height=%22{}%22%3E%3Crect "
-            "width=%22100%25%22 height=%22100%25%22 fill=%22%2394a3b8%22/%3E%3C/svg%3E").format(numbers[0], numbers[-1])
+NUMBER = r"([1-9]\d{0,3})(?!\d)"
+SIZES = [re.compile(pattern.replace("N", NUMBER), re.I) for pattern in (
+    r"N[x*\u00d7]N",                                                # 300x200
+    r"^/N/N(?!\w)", r"/N/N[^/?]*/?\?",                               # /300/200/grey, /seed/a/300/200.jpg
+    r"^/N(?!\w)", r"/N/?\?",                                        # /300.jpg, /seed/a/300
+    r"(?<![a-z])(?:w|h|width|height|s|size)[=_:-]N")]               # ?w=300
+PICTURE = ("<svg xmlns='http://www.w3.org/2000/svg' width='{}' height='{}'><rect width='100%' height='100%' "
+           "fill='#94a3b8'/></svg>")
+
+
+def picture_size(address):
+    """Width and height that the address of a picture asks for. One number: a square; none: 300 x 200."""
+    parts = urllib.parse.urlsplit(address)
+    text = urllib.parse.unquote(re.sub("/(?:id|seed)/[^/]+", "", parts.path) + "?" + parts.query)
+    sides = [re.search(fr"(?<![a-z]){side}[=_:-]{NUMBER}", text, re.I) for side in ("w(?:idth)?", "h(?:eight)?")]
+    if all(sides):
+        return tuple(int(side[1]) for side in sides)
+    found = next(filter(None, (pattern.search(text) for pattern in SIZES)), None)
+    numbers = [int(number) for number in found.groups()] if found else [300, 200]
+    return numbers[0], numbers[-1]
+
+
+PARTS = re.compile(r"""<!--(?:-?>|.*?(?:--!?>|\Z))
+                       | <(?P<raw>noscript|script|style|textarea|title)\b.*?(?:</(?P=raw)\b[^<>]*>?|\Z)
+                       | <(?P<end>/?)(?:video|iframe|embed|object|audio|frame)\b
+                       | <(?P<tag>marquee|(?:meta|link)\b[^<>]*>)""", re.S | re.I | re.X)
 
 
 def prepare(source):
-    """The page as it is handed to the browser: local stylesheet, local pictures, nothing that plays or leads away."""
+    """The page as it is handed to the browser: local stylesheet, nothing that plays or leads away, and no <noscript>,
+    which shows only where scripts are off (here, but not where a person looks)."""
     source = source.encode("utf-8", "replace").decode()
-    page = re.sub(r"<meta\b[^>]*http-equiv[^>]*>", "", source, flags=re.I)
-    page = re.sub(r"<(/?)(?:video|iframe|embed|object|audio|frame)\b", r"<\1svg", page, flags=re.I)
-    page = re.sub(r"(?<=src=)([\"']?)(https?://[^\"'\s>]*)", lambda m: m[1] + placeholder(m[2]) if m[1] else
-                  f'"{placeholder(m[2])}"', page, flags=re.I)
-    page = re.sub(r"url\(\s*[\"']?https?://([^\"')]*)[\"']?\s*\)", lambda m: f"url('{placeholder(m[1])}')", page)
-    return re.sub(r"<link\b[^>]*tailwind[^>]*>", lambda _: tailwind_for(source), page, flags=re.I)
+
+    def change(part):
+        text = part[0].lower()
+        if part["end"] is not None:
+            return f"<{part['end']}svg"
+        if text.startswith("<link") and "tailwind" in text:
+            return tailwind_for(source)
+        if text == "<marquee":
+            return "<marquee scrollamount=0"
+        return "" if text.startswith("<noscript") or text.startswith("<meta") and "http-equiv" in text else part[0]
+    return PARTS.sub(change, source)
 
 
 # ------------------------------------------------------------------ in the worker process
 
-STILL = ("*,::before,::after{animation:none!important;transition:none!important;caret-color:transparent!important;"
-         "pointer-events:auto!important;scroll-behavior:auto!important}")
-SEE = (ROOT / "worlds/see.js").read_text("utf-8")
+STILL, SEE = ((ROOT / "worlds" / name).read_text("utf-8") for name in ("still.js", "see.js"))
 
 
-def look(page, session, source, wanted):
-    """What a person sees of one page: a record for `Page`, everything plain JSON."""
+def look(page, session, wanted):
+    """What a person sees of the page at `ADDRESS`: a record for `Page`, everything plain JSON."""
     from PIL import Image
-    page.set_content(source, wait_until="load", timeout=0)
-    found = page.evaluate(SEE, [TALLEST, STILL])
+    page.goto(ADDRESS, wait_until="load", timeout=0)
+    program = f"({STILL})().then(() => ({SEE})({TALLEST}))"
+    said = session.send("Runtime.evaluate", {"expression": program, "awaitPromise": True, "returnByValue": True})
+    found = said["result"]["value"]
     layout = session.send("DOMSnapshot.captureSnapshot", {"computedStyles": boxes.STYLES, "includePaintOrder": True})
     clip = {"x": 0, "y": 0, "width": WIDTH, "height": found["height"], "scale": 1}
     shot = session.send("Page.captureScreenshot", {"format": "png", "optimizeForSpeed": True, "clip": clip,
@@ -163,32 +204,47 @@ def look(page, session, source, wanted):
             "digest": hashlib.sha256(shot["data"].encode()).hexdigest(), "picture": shot["data"] if wanted else ""}
 
 
+# In a sandbox a page takes no focus, does not refresh itself, and has no origin ("null").
+PAGE_HEADERS = {"content-type": "text/html; charset=utf-8", "content-security-policy": "sandbox"}
+PICTURE_HEADERS = {"content-type": "image/svg+xml", "access-control-allow-origin": "null",
+                   "access-control-allow-credentials": "true"}
+
+
+def reply(route, sources):
+    """Answer what the browser asks for: the page that is due, a plain picture for any picture, nothing for the rest."""
+    request = route.request
+    if request.is_navigation_request():
+        due = sources and request.url == ADDRESS
+        route.fulfill(status=200, headers=PAGE_HEADERS, body=sources.pop()) if due else route.fulfill(status=204)
+    elif request.resource_type == "image":
+        route.fulfill(status=200, headers=PICTURE_HEADERS, body=PICTURE.format(*picture_size(request.url)))
+    else:
+        route.abort()
+
+
 def serve():
     """The worker: one browser. For each job on stdin, [source, is the picture wanted], a line on stdout."""
     from playwright.sync_api import sync_playwright
-    jobs, results = sys.stdin, os.fdopen(os.dup(1), "w")
+    jobs, results, sources = sys.stdin, os.fdopen(os.dup(1), "w"), []
     os.dup2(2, 1)
-    page = None
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=[
             "--host-resolver-rules=MAP * ~NOTFOUND", "--disable-gpu", "--mute-audio", "--force-color-profile=srgb",
-            "--font-render-hinting=none", "--disable-lcd-text"])
-        while True:
-            if page is None or page.url != "about:blank":  # the last page led away
-                context = browser.new_context(java_script_enabled=False, service_workers="block", offline=True,
-                                              viewport={"width": WIDTH, "height": HEIGHT}, accept_downloads=False)
-                context.route("**/*", lambda route: route.fulfill(status=204) if route.request.is_navigation_request()
-                              else route.abort())
-                first, page = page is None, context.new_page()
-                session = context.new_cdp_session(page)
-                if first:
-                    print("ready", file=results, flush=True)
-            line = jobs.readline()
-            if not line:
-                return browser.close()
+            "--font-render-hinting=none", "--disable-lcd-text", "--blink-settings=imageAnimationPolicy=2",
+            "--disable-features=RenderDocument,PaintHolding,HttpsUpgrades"])  # the first: documents start faster
+        context = browser.new_context(java_script_enabled=False, service_workers="block", offline=True, locale="en-US",
+                                      viewport={"width": WIDTH, "height": HEIGHT}, accept_downloads=False)
+        context.route("**/*", lambda route: reply(route, sources))
+        page = context.new_page()
+        session = context.new_cdp_session(page)
+        print("ready", file=results, flush=True)
+        for line in iter(jobs.readline, ""):
+            source, wanted = json.loads(line)
+            sources[:] = [source]
             signal.alarm(LEFT_ALONE)  # who would end a page that hangs may have been killed
-            print(json.dumps(look(page, session, *json.loads(line))), file=results, flush=True)
+            print(json.dumps(look(page, session, wanted)), file=results, flush=True)
             signal.alarm(0)
+        browser.close()
 
 
 # ------------------------------------------------------------------ in this process
@@ -201,6 +257,28 @@ def find_browser():
     raise InputError(f"no Chromium on the PATH (SWEET_CHROMIUM names another); {INSTALL}")
 
 
+@functools.lru_cache(maxsize=1)
+def fonts():
+    """The fontconfig file that shows the browser the files of `FONTS` and no others, and a hash of all these."""
+    files = {file.name: file for folder in FONT_FOLDERS[::-1] for file in Path(folder).expanduser().rglob("*.ttf")}
+    missing = [name for name in FONTS if name not in files]
+    if missing:
+        raise InputError(f"fonts are missing: {', '.join(missing)}; {INSTALL}")
+    paths = [escape(str(files[name])) for name in FONTS]
+    here = "".join(sorted({f"<dir>{os.path.dirname(path)}</dir>" for path in paths}))
+    shown = "".join(f"<glob>{path}</glob>" for path in paths)
+    text = (ROOT / "worlds/fonts.conf").read_text("utf-8").replace("<!-- files -->", (
+        f"{here}<cachedir>{escape(str(cache_folder() / 'fontconfig'))}</cachedir>"
+        f"<selectfont><rejectfont><glob>*</glob></rejectfont><acceptfont>{shown}</acceptfont></selectfont>"))
+    digest = hashlib.sha256(text.encode() + b"".join(files[name].read_bytes() for name in FONTS)).hexdigest()
+    file = cache_folder() / f"fonts-{digest[:16]}.conf"
+    if not file.exists():
+        new = Path(f"{file}.{os.getpid()}")
+        new.write_text(text, "utf-8")
+        put(new, file)
+    return file, digest
+
+
 class Worker:
     """A worker process and its browser, in a process group of their own."""
 
@@ -208,7 +286,8 @@ class Worker:
         start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from worlds import browser; browser.serve()"
         self.errors, self.pages = tempfile.TemporaryFile(), 0
         self.process = subprocess.Popen([sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=self.errors, start_new_session=True)
+                                        stderr=self.errors, start_new_session=True,
+                                        env={**os.environ, "FONTCONFIG_FILE": str(fonts()[0])})
         if self.tell(b"", 60.0) != b"ready\n":
             self.kill()
             self.errors.seek(0)
@@ -280,9 +359,12 @@ def _draw(source, wanted):
 
 @functools.lru_cache(maxsize=1)
 def _shelf():
-    """A database of pages drawn before, and the key that they were drawn under: this code and this browser."""
+    """A database of pages drawn before, and the key that they were drawn under: this code, these fonts and this
+    browser."""
     browser = Path(find_browser()).resolve()
-    parts = [Path(__file__).read_bytes(), Path(boxes.__file__).read_bytes(), SEE.encode(),
+    code = [Path(file).read_bytes() for file in (__file__, boxes.__file__)]
+    parts = [*code, STILL.encode(), SEE.encode(), fonts()[1].encode(),
+             tailwind_file().read_bytes() if tailwind_file().exists() else b"",
              f"{browser} {browser.stat().st_mtime_ns}".encode()]
     shelf = sqlite3.connect(cache_folder() / "pages.db", timeout=60.0, check_same_thread=False)
     shelf.execute("create table if not exists pages (key text primary key, page text)")

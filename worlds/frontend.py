@@ -26,13 +26,14 @@ import base64
 import functools
 import random
 import re
+import sys
 
 from env import ANSWER_MARKER, REFERENCE_PREFIX, Task
 from machinery.files import InputError
 from machinery.optional import require
 from simulator import EndpointHuman, Human, make_human
 from worlds import backend
-from worlds.browser import find_browser, render_pages
+from worlds.browser import find_browser, fonts, render_pages
 from worlds.pages import COLOUR_WORDS, PAPER, brief, clip_similarity, differences, evidence, figures, headers
 from worlds.pages import load_clip, similarity, verdict
 from worlds.source import page_source
@@ -64,12 +65,24 @@ def _similarity(answer, reference, clip):
     return clip_similarity(one, other, clip)
 
 
+@functools.lru_cache(maxsize=100_000)
+def _check(where, reference):
+    """Say, once, that nothing can look like a reference that shows nothing."""
+    page, = render_pages([reference])
+    if not page.boxes:
+        why = page.failure or "there is nothing to see"
+        print(f"{where}: broken task: its reference cannot be drawn: {why}", file=sys.stderr)
+
+
 def grade(answers, tasks, clip=None):
     """The reward of each answer: how much its page looks like the task's reference, 0 (nothing to see) to 1 (alike).
-    clip: a model whose cosine is used in the place of boxes and colours."""
+    clip: a model whose cosine is used in the place of boxes and colours. A reference that shows nothing is reported on
+    stderr; every answer to it is worth 0."""
     pairs = [(page_source(answer), task.ground_truth) for answer, task in zip(answers, tasks)]
     if not clip:
         render_pages([source for pair in pairs for source in pair])  # all at once: two workers
+    for task in tasks:
+        _check(task.where, task.ground_truth)
     return [_similarity(*pair, clip) for pair in pairs]
 
 
@@ -78,6 +91,7 @@ def check_installed(clip):
     require("playwright", "--task frontend")
     require("pillow", "--task frontend")
     find_browser()
+    fonts()
     if clip:
         load_clip(clip)
 

@@ -2,10 +2,9 @@
 // worlds/browser.py before the layout is read; worlds/boxes.py makes boxes of both. An element can be seen when at
 // least two of five spots in it (in its letters, where it has some of its own) are not covered by others.
 //
-// tallest: pixels of the page that count; still: a rule that stops all motion.
-([tallest, still]) => {
+// tallest: pixels of the page that count.
+tallest => {
   const root = document.documentElement, body = document.body;
-  root.appendChild(document.createElement("style")).textContent = still;
   const height = Math.max(1, Math.min(tallest, root.scrollHeight));
   const clear = colour => /^rgba.*, 0(\.0\d*)?\)$|\/ 0(\.0\d*)?\)$/.test(colour);
 
@@ -18,15 +17,24 @@
     return w >= 1 && h >= 1 ? [x, y, w, h].map(Math.round) : null;
   };
 
+  // The words that a person reads in a field.
+  const unread = ["checkbox", "radio", "hidden", "color", "range", "file", "image"];
+  const typed = el => {
+    if (el.tagName === "SELECT") return el.multiple || el.size > 1 ? "" : el.selectedOptions[0]?.text ?? "";
+    if (unread.includes(el.type)) return "";
+    const label = {submit: "Submit", reset: "Reset"}[el.type] ?? el.placeholder;
+    return el.value ? (el.type === "password" ? "" : el.value) : label;
+  };
+
   const describe = (el, number) => {
-    const style = getComputedStyle(el), tag = el.tagName.toLowerCase(), field = ["input", "textarea"].includes(tag);
+    const style = getComputedStyle(el), tag = el.tagName.toLowerCase();
+    const field = ["input", "textarea", "select"].includes(tag);
     el.setAttribute("data-nth", number);
     if (!el.checkVisibility({opacityProperty: true, visibilityProperty: true})) return null;
     const nodes = [...el.childNodes].filter(node => node.nodeType === 3 && node.data.trim());
-    const typed = el.type === "password" ? "" : el.value || el.placeholder || "";
-    const text = field ? typed.replace(/\s+/g, " ").trim() : "";
+    const text = field ? typed(el).replace(/\s+/g, " ").trim() : "";
     const border = parseFloat(style.borderTopWidth) > 0 || parseFloat(style.borderLeftWidth) > 0;
-    const solid = border || field || ["button", "select"].includes(tag) || !clear(style.backgroundColor);
+    const solid = border || field || tag === "button" || !clear(style.backgroundColor);
     const range = document.createRange();
     const lines = nodes.flatMap(node => { range.selectNodeContents(node); return [...range.getClientRects()]; });
     const letters = around(nodes.length && !field ? lines : [el.getBoundingClientRect()]);
@@ -35,18 +43,38 @@
     return {el, number, part: part ? part.tagName.toLowerCase() : "", text, letters, solid, seen: 0};
   };
 
+  // What cannot be hit covers all the same. What stays in the window when a page scrolls stays where the picture shows
+  // it, which is taken at the top of the page.
   scrollTo(0, 0);
+  const held = [];
+  for (const el of document.querySelectorAll("*")) {
+    const {position, pointerEvents, translate} = getComputedStyle(el);
+    if (pointerEvents === "none") el.style.setProperty("pointer-events", "auto", "important");
+    if (el.inert) el.inert = false;
+    if (!["fixed", "sticky"].includes(position)) continue;
+    const [x, y = "0px"] = translate === "none" ? ["0px"] : translate.split(" ");
+    held.push({el, x, y, top: el.getBoundingClientRect().top, moved: 0});
+  }
+  const hold = down => {
+    for (const one of held) {
+      const off = one.top - down - one.el.getBoundingClientRect().top;
+      one.moved += off;
+      if (off) one.el.style.setProperty("translate", `${one.x} calc(${one.y} + ${one.moved}px)`, "important");
+    }
+  };
   const found = body ? [body, ...body.querySelectorAll("*")].slice(0, 3000).map(describe).filter(box => box) : [];
   const spots = ({letters: [x, y, w, h]}) =>
     [[.5, .5], [.1, .5], [.9, .5], [.3, .2], [.7, .8]].map(([a, b]) => [x + a * w, y + b * h]);
   for (let top = 0; top < height; top += innerHeight) {  // only what is in the window can be asked for
     scrollTo(0, top);
+    hold(scrollY);
     for (const box of found) for (const [x, y] of spots(box)) if (y >= top && y < top + innerHeight) {
       const hit = document.elementFromPoint(x - scrollX, y - scrollY);
       if (hit && (box.el.contains(hit) || (hit.contains(box.el) && !box.solid))) box.seen += 1;
     }
   }
   scrollTo(0, 0);
+  hold(0);
   const elements = found.filter(box => box.seen >= 2).map(({number, part, text}) => [String(number), {part, text}]);
   return {elements: Object.fromEntries(elements), height};
 }
