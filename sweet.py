@@ -445,17 +445,22 @@ def settings_of(options, flags=True):
 def work(run, stage):
     """Run a stage, or all, alone in the folder of the run. A report needs no lock, if it only reads what is there."""
     run.variant.mkdir(parents=True, exist_ok=True)
+    name = "report" if stage == "all" else stage
+    output = run.path(STAGES[name].output)
+    done = output.exists()
     try:
+        if stage == "report" and not os.access(run.root, os.W_OK):
+            raise InUse(f"{run.root} can only be read")
         with alone(run.root):
-            if stage not in ("all", "report") and run.path(STAGES[stage].output).exists():
-                print(f"{stage} is done: {run.path(STAGES[stage].output)}")
-            run_stage(run, "report" if stage == "all" else stage)
+            run_stage(run, name)
     except InUse as error:
         if stage != "report":
             raise
         print(f"sweet: note: {error}: a report of what is there so far", file=sys.stderr)
         stage_report(run)
-    if stage in ("all", "report"):
+    if name != "report":
+        print(f"{stage} is done{' already' * done}: {output}")
+    else:
         print(f"\n{report.results_table([run.root], run.world)}\nreport: {run.path('report.html')}")
 
 

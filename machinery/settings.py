@@ -11,7 +11,6 @@ import dataclasses
 import fnmatch
 import shlex
 import sys
-from pathlib import Path
 
 from machinery.files import InputError, fingerprint, holds_something, read_json, write_json
 
@@ -23,8 +22,8 @@ def flat(settings, **more):
     found = dict(more)
     for group, values in settings.items():
         for name, value in dataclasses.asdict(values).items():
-            value = fingerprint(value) if group == "given" else value
-            found[name if group in BARE else f"{group}.{name}"] = value
+            field = name if group in BARE else f"{group}.{name}"
+            found[field] = fingerprint(value) if group == "given" else value
     if "://" in (found["human"] or ""):  # a server may move to another address, its model may not change
         found["human"] = f"server: {found['human.model']}"
     return found
@@ -82,35 +81,49 @@ class Record:
         theirs = read_json(self.file(name), {}) if begun else {}
         if not theirs:  # nothing is there, or nothing is known of it
             return {}
-        then, now = {**self.defaults, **theirs}, dependencies(name, self.stages, self.values)
-        return {field: f"{field} = {then[field]!r}, now it is {now[field]!r}" for field in sorted(now)
-                if then[field] != now[field]}
+        then = {**self.defaults, **theirs}
+        now = dependencies(name, self.stages, self.values)
+        return {
+            field: f"{field} = {then[field]!r}, now it is {now[field]!r}"
+            for field in sorted(now)
+            if then[field] != now[field]
+        }
 
     def closure(self, names, ways):
         """These stages with all that they lead to: ways(stage) are the names that one stage leads to."""
         found = set(names)
         for _ in self.stages:
-            found |= {way for name in found for way in ways(name)}
+            for name in list(found):
+                found.update(ways(name))
         return [name for name in self.stages if name in found]
 
     def followers(self, names):
-        return self.closure(names, lambda name: [n for n, stage in self.stages.items() if name in stage.after])
+        def ways(name):
+            return [later for later, stage in self.stages.items() if name in stage.after]
+        return self.closure(names, ways)
 
     def claim(self, name):
         """Refuse to mix: InputError where files of a stage, or of one that it reads from, were made with other
         settings, with all that has to go. Otherwise the settings are written down, unless the stage is done."""
-        changed = {stage: fields for stage in self.stages if (fields := self.changes(stage))}
-        before = self.closure([name], lambda stage: self.stages[stage].after)
-        stale = {field: text for stage in changed if stage in before for field, text in changed[stage].items()}
+        changed, stale = {stage: self.changes(stage) for stage in self.stages}, {}
+        for stage in self.closure([name], lambda stage: self.stages[stage].after):
+            stale |= changed[stage]
         if stale:
-            changed = [stage for stage in changed if stale.keys() & changed[stage].keys()]
-            shared = [stage for stage in changed if len(self.outputs(stage)) == 1 and
-                      "candidates" in self.followers([stage])]  # what SWEET is made from, with c and without
-            gone = [output for stage in self.followers(changed) for output in self.outputs(stage)[:1]]
-            gone += [output for stage in self.followers(shared) for output in self.outputs(stage)]
-            gone = dict.fromkeys(str(path) for output in gone for path in leftovers(output))
-            raise InputError(f"{self.file(changed[0])}: {changed[0]} was made with {'; '.join(stale.values())}; use "
-                             f"another --run, or make room: {shlex.join(['rm', '-r', *gone])}")
-        if name != "report" and not any(output.exists() for output in self.outputs(name)[:1] or [Path()]):
-            self.file(name).parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.file(name), dependencies(name, self.stages, self.values))
+            made = [stage for stage in self.stages if stale.keys() & changed[stage].keys()]
+            command = shlex.join(["rm", "-r", *self.what_follows(made)])
+            raise InputError(f"{self.file(made[0])}: {made[0]} was made with {'; '.join(stale.values())}; use another "
+                             f"--run, or make room: {command}")
+        if name == "report" or not self.outputs(name) or self.outputs(name)[0].exists():
+            return
+        self.file(name).parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.file(name), dependencies(name, self.stages, self.values))
+
+    def what_follows(self, made):
+        """The paths of all that these stages left, and of all that was made from it, here and, with or without c,
+        beside it."""
+        outputs = [output for stage in self.followers(made) for output in self.outputs(stage)[:1]]
+        for stage in made:
+            # what SWEET is made from, with c and without
+            if len(self.outputs(stage)) == 1 and "candidates" in self.followers([stage]):
+                outputs += [output for follower in self.followers([stage]) for output in self.outputs(follower)]
+        return dict.fromkeys(str(path) for output in outputs for path in leftovers(output))

@@ -260,11 +260,12 @@ class Checkpoint:
         """An exception unless this is a state of these parts. Nothing is put back before all of it is known to fit."""
         shapes = {name: weight.shape for name, weight in self.parts["weights"].state_dict().items()}
         found = {name: weight.shape for name, weight in state["weights"].items()}
-        moments = state["optimizer"]["state"]
-        shaped = (m[key].shape == shapes[str(i)] for i, m in moments.items() for key in ("exp_avg", "exp_avg_sq"))
-        groups = [group["params"] for group in state["optimizer"]["param_groups"]]
-        if found != shapes or not all(shaped):
+        if found != shapes:
             raise ValueError("weights of another model")
+        for i, moments in state["optimizer"]["state"].items():
+            if {moments["exp_avg"].shape, moments["exp_avg_sq"].shape} != {shapes[str(i)]}:
+                raise ValueError("an optimizer of another model")
+        groups = [group["params"] for group in state["optimizer"]["param_groups"]]
         if groups != [list(range(len(shapes)))] or state["schedule"]["last_epoch"] != len(state["log"]):
             raise ValueError("steps of another training")
 
@@ -291,9 +292,14 @@ def stop_unless_finite(checkpoint, label, cfg, step, figures):
     if not broken:
         return
     shutil.rmtree(checkpoint.path.parent)
-    names = ("lr",) if step or "weights" in broken else ("beta", "nll")  # before an update, lr has had no say
-    flags = [f"lower --{label}-{name} (now {getattr(cfg, name):g})" for name in names if hasattr(cfg, name)]
-    remedies = flags if "lr" in names else [*flags, "take another --model"]
+    updated = step or "weights" in broken  # before an update, lr has had no say
+    remedies = [
+        f"lower --{label}-{name} (now {getattr(cfg, name):g})"
+        for name in (("lr",) if updated else ("beta", "nll"))
+        if hasattr(cfg, name)
+    ]
+    if not updated:
+        remedies.append("take another --model")
     raise InputError(f"step {step + 1} of {label}: {broken[0]} not finite ({figures[broken[0]]}); nothing of this "
                      f"training is kept: {' or '.join(remedies)}, and start again")
 

@@ -98,12 +98,15 @@ def test_a_folder_is_held_by_one_process_and_a_killed_one_lets_go(tmp_path):
         pass
 
 
-def test_a_report_is_made_while_another_process_writes(tmp_path, capsys):
+def test_a_report_is_made_while_another_process_writes(tmp_path, capsys, monkeypatch):
     with process.alone(tmp_path):
         assert main("report", "--run", tmp_path) is None
     said = capsys.readouterr()
     assert "in use" in said.err and "No results yet" in said.out and (tmp_path / "report.html").exists()
     assert not (tmp_path / "base").exists()  # a report alone trains nothing there
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert main("report", "--run", tmp_path) is None and "can only be read" in capsys.readouterr().err
+    assert not (tmp_path / "base").exists()
 
 
 def test_a_file_system_without_locks_is_said_once(tmp_path, capsys, monkeypatch):
@@ -599,7 +602,7 @@ def test_a_finished_run_that_can_only_be_read(done, tmp_path, locked_before):
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     code, out, line = ends(reading(run, "eval", "--run", run, *WHOLE))
-    assert code == 0 and "eval is done" in out, line
+    assert code == 0 and "eval is done already" in out, line
     code, out, line = ends(reading(run, "report", "--run", run, *WHOLE))
     assert code == 0 and "| SWEET " in out and "report.html cannot be written" in line, line
     code, _, line = ends(reading(run, "critic", "--run", run, *WHOLE, "--critic-lr", "0.5"))
