@@ -484,8 +484,8 @@ def main(argv=None):
     with one_line(options):
         run = Run(options, settings_of(options))
         torch.set_num_threads(run.machine.threads)
-        check_tasks_given(run.given, options.stage)
         check_files(run)
+        check_tasks_given(run.given, options.stage)
         check_start(run, run.stages, options.stage)
         if options.stage == "table":
             return table([a for a in argv if a != "table"], options, run, run.settings["table"])

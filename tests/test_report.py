@@ -225,7 +225,7 @@ def test_hostile_text_stays_text(page, whole_run):
     assert not seen.tags & {"script", "img", "iframe", "object", "link"}
     assert not [name for name in seen.attributes if name.startswith("on") or name in ("src", "href")]
     assert f"turn 1{HOSTILE}" in seen.text and f"I prefer {HOSTILE}" in seen.text and f"# {HOSTILE}" in seen.text
-    assert f"human = {HOSTILE}?" in seen.text and f"Run {whole_run.name}." in seen.text
+    assert f"human = {HOSTILE}\ufffd" in seen.text and f"Run {whole_run.name}." in seen.text
 
 
 def test_page_needs_no_network(page):
