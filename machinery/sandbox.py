@@ -160,7 +160,8 @@ class Worker:
                 with contextlib.suppress(OSError):  # where none can be started now, the next round tries again
                     self.start()
             else:
-                if ran_out and not last and preempted > 5 and milliseconds < 1000 * BUSY * took:
+                usual = 15 if patience else 5  # whoever sleeps is preempted, too, when processes start and end
+                if ran_out and not last and preempted > usual and milliseconds < 1000 * BUSY * took:
                     return None
             if ran_out and not reports:
                 patience = call_seconds
