@@ -1,6 +1,6 @@
 """Packages that only some flags need: missing, or unfit for what else is installed, they are one line before any work.
 
-`constraints.txt` is the one place that says which versions were tried together. `requirements.txt` and
+`.ci/constraints.txt` is the one place that says which versions were tried together. `requirements.txt` and
 `requirements-dev.txt` install from it, CI installs exactly that, and the pip command in a message here is read from it.
 
 Exercised by `python -m pytest tests/test_install.py`.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from machinery.files import InputError
 
-PINS = Path(__file__).resolve().parent.parent / "constraints.txt"
+PINS = Path(__file__).resolve().parent.parent / ".ci/constraints.txt"
 PARTS = {  # package: the module, names in it that are used here, and all that pip has to install
     "openai": ("openai", ("OpenAI", "AsyncOpenAI", "OpenAIError"), ("openai",)),
     "peft": ("peft", ("LoraConfig", "load_peft_weights", "set_peft_model_state_dict"), ("transformers", "peft")),

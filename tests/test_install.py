@@ -35,7 +35,7 @@ def names_in(file):
 # ------------------------------------------------------------------ versions
 
 def test_every_package_has_one_exact_version_in_one_place():
-    rows = [row for row in (ROOT / "constraints.txt").read_text().splitlines() if row and not row.startswith("#")]
+    rows = [row for row in (ROOT / ".ci/constraints.txt").read_text().splitlines() if row and not row.startswith("#")]
     pinned = [re.fullmatch(r"([\w-]+)==[\w.]+(; sys_platform == \"linux\")?", row)[1].lower() for row in rows]
     assert len(pinned) == len(set(pinned))
     named = names_in("requirements.txt") + names_in("requirements-dev.txt")
@@ -43,7 +43,7 @@ def test_every_package_has_one_exact_version_in_one_place():
     assert {package for _, _, packages in PARTS.values() for package in packages} <= set(named)
     for file in ("requirements.txt", "requirements-dev.txt"):
         assert "==" not in (ROOT / file).read_text().replace('sys_platform == "linux"', "")
-    assert "-c constraints.txt" in (ROOT / "requirements.txt").read_text()
+    assert "-c .ci/constraints.txt" in (ROOT / "requirements.txt").read_text()
     assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text()
 
 

@@ -22,7 +22,7 @@ def config_of(s, layers=None, heads=16):
                 num_attention_heads=heads, num_key_value_heads=s.K // size, tie_word_embeddings=s.tied, head_dim=size)
 
 
-@pytest.mark.parametrize("shape, heads", zip(memory.SHAPES, (14, 12, 16, 32)), ids=lambda x: getattr(x, "name", ""))
+@pytest.mark.parametrize("shape, heads", [*zip(memory.SHAPES, (14, 12, 16, 32))], ids=lambda x: getattr(x, "name", ""))
 def test_parameters(shape, heads):
     """Counted on a model without storage."""
     with torch.device("meta"):

@@ -49,11 +49,13 @@ from xml.sax.saxutils import escape
 import numpy as np
 
 from machinery.files import InputError, put
+from machinery.optional import pin
 from worlds import boxes
 
 ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
-INSTALL = "apt install chromium-headless-shell fonts-dejavu-core fonts-liberation; pip install playwright pillow"
+INSTALL = ("apt install chromium-headless-shell fonts-dejavu-core fonts-liberation; pip install "
+           f"{pin('playwright')} {pin('pillow')}")
 TAILWIND = "tailwindcss@2.2.19"
 ADDRESS = "http://page.invalid/"  # where the browser believes each page to be
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
