@@ -91,6 +91,8 @@ def _read_object(text, where):
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected one JSON object a line; this is {type(record).__name__}")
     return record
+
+
 def to_disk(path):
     """Wait until the disk holds a file, or a folder's list of names where its file system can say so."""
     descriptor = os.open(path, os.O_RDONLY)

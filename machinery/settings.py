@@ -102,9 +102,9 @@ class Record:
             return [later for later, stage in self.stages.items() if name in stage.after]
         return self.closure(names, ways)
 
-    def claim(self, name):
+    def check(self, name):
         """Refuse to mix: InputError where files of a stage, or of one that it reads from, were made with other
-        settings, with all that has to go. Otherwise the settings are written down, unless the stage is done."""
+        settings, with all that has to go."""
         changed, stale = {stage: self.changes(stage) for stage in self.stages}, {}
         for stage in self.closure([name], lambda stage: self.stages[stage].after):
             stale |= changed[stage]
@@ -113,6 +113,10 @@ class Record:
             command = shlex.join(["rm", "-r", *self.what_follows(made)])
             raise InputError(f"{self.file(made[0])}: {made[0]} was made with {'; '.join(stale.values())}; use another "
                              f"--run, or make room: {command}")
+
+    def claim(self, name):
+        """The same, and the settings are written down, unless the stage is done."""
+        self.check(name)
         if name == "report" or not self.outputs(name) or self.outputs(name)[0].exists():
             return
         self.file(name).parent.mkdir(parents=True, exist_ok=True)

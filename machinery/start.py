@@ -47,7 +47,7 @@ def check_start(run, stages, stage):
         run.world.check_installed(run.given.clip)
     if stage not in ("table", "play"):
         for name in sorted(todo):
-            run.claim(name)  # where files were made with other settings, that is what to say
+            run.record.check(name)  # where files were made with other settings, that is what to say
     if todo and run.given.model:
         run.model("base", train=True)
     if todo & DIALOGUES:
