@@ -351,6 +351,6 @@ def write(root, out, dialogues=8, world=backend):
     body = "".join(f"<h2>{title}</h2>{section}" for title, section in sections.items())
     page = PAGE.substitute(name=escape(root.name), sections=body, settings=text)
     try:
-        put_text(out, page)
+        put_text(out, page.encode("utf-8", "replace").decode())  # a lone surrogate from a model becomes "?"
     except OSError as error:  # a run that can only be read has its table all the same
         print(f"sweet: note: {out} cannot be written ({error.strerror})", file=sys.stderr)
