@@ -4,34 +4,73 @@ Two questions are answered here. *Did it work?* `results_table` compares the met
 things vary from one run to the next, the seed (another base policy, other offline data) and the tasks, so the
 intervals come from a two-level bootstrap: draw runs with replacement, then tasks within each drawn run; 95 % of the
 redrawn means lie in the interval. A difference of two methods is taken on the same redrawn runs and tasks, which
-removes what both share. *What was learned?* `write` draws the training curves, splits the critic's margin between
-answers and questions, and prints held-out dialogues whose turns are coloured by the critic's advantage (Eq. 3).
+removes what both share. *What was learned?* `write` shows the candidates of three states in the critic's order, the
+critic beside Monte Carlo, and held-out dialogues. A turn there has its share: how much of what the initial policy
+itself says at that state the critic finds worse. Raw advantages (Eq. 3) have no meaning across states.
 
-Place in the data flow: the last room. Everything is read from the files of a run (eval.jsonl, credit.json, */log.json,
-seconds.json, settings/), and a file that is not there costs its section, no more. The page is one file without scripts
-or network; what models wrote is escaped. Exercised by `python sweet.py report`, `python sweet.py table` and
-`python -m pytest tests/test_report.py`.
+Place in the data flow: the last room. Everything is read from the files of a run, and a file that is not there costs
+its section, no more. The page is one file without scripts or network, made from machinery/page/ with charts from
+machinery/charts.py; what models wrote is escaped. `python report.py docs` draws the README's pictures from the
+committed numbers docs/table.json and docs/candidates.json. Exercised by `python sweet.py report`, `python sweet.py
+table` and `python -m pytest tests/test_report.py`.
 
 Shapes: R resamples, S runs (seeds), N task results of all runs.
 """
 
+import json
 import sys
-from html import escape
+from collections import Counter
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
-from string import Template
 
 import numpy as np
 
-from env import ANSWER_MARKER
+from env import ANSWER_MARKER, Task
+from machinery import charts
 from machinery.files import InputError, put_text, read_json
-from machinery.schema import evaluation, read_records
+from machinery.schema import evaluation, read_records, trajectory
+from machinery.train import Machine, load_model
 from worlds import backend
 
 METHODS = ("base", "RFT", "multi-turn DPO", "SWEET", "SWEET without c")
 SWEET = "rollout critic samples candidates pairs actor"  # the stages that a method needs after the base policy
 STAGES = dict(zip(METHODS, ("", "rollout rft", "rollout multiturn", SWEET, SWEET)))
-FOLDERS = {"with c": "", "without c": "no-reference"}  # under a run; without c, what follows the critic is its own
-CREDIT = (("question", "auc", "states"), ("answer", "auc", "states"), ("monte_carlo", "accuracy", "pairs"))
+FOLDERS = {
+    "with c": "",
+    "without c": "no-reference",
+}  # under a run; without c, what follows the critic is its own
+CREDIT = (
+    ("question", "auc", "states"),
+    ("answer", "auc", "states"),
+    ("monte_carlo", "accuracy", "pairs"),
+)
+OFFLINE = "initial policy, offline"  # the "method" of dialogues that were only rolled out
+PAGE = Path(__file__).resolve().parent / "machinery" / "page"
+FULL = 0.3  # nats a token from the middle candidate: from here on a turn has its full colour
+
+
+def number(value, digits=1, sign=""):
+    """A number as text: "-" where there is none, and never a negative zero."""
+    if value is None or not np.isfinite(value):
+        return "-"
+    return f"{round(float(value), digits) + 0.0:{sign}.{digits}f}"
+
+
+def bracketed(found, sign=""):
+    """Mean, low and high as text."""
+    mean, low, high = (number(value, 1, sign) for value in found)
+    return f"{mean} [{low}, {high}]"
+
+
+def decoding(top_p):
+    return "T=1" if top_p == 1 else f"top-p {top_p:g}"
+
+
+def listed(names):
+    """Names as a list in a sentence."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 # ------------------------------------------------------------------ did it work?
@@ -45,7 +84,9 @@ def evaluations(root):
             found.setdefault((record["method"], record["top_p"]), []).append(record)
     tasks = {key: [record["task"] for record in records] for key, records in found.items()}
     if any(tasks[key] != next(iter(tasks.values())) for key in tasks):
-        raise InputError(f"{root}: eval.jsonl holds different tasks for different methods; run the stage eval again")
+        raise InputError(
+            f"{root}: eval.jsonl holds different tasks for different methods; run the stage eval again"
+        )
     return found
 
 
@@ -57,7 +98,9 @@ def resample_weights(sizes, resamples=2000, seed=0):
     """
     rng, S = np.random.default_rng(seed), len(sizes)
     drawn_RS = rng.multinomial(S, [1 / S] * S, size=resamples)
-    counts = [rng.multinomial(drawn_RS[:, s] * n, [1 / n] * n) / (S * n) for s, n in enumerate(sizes)]
+    counts = [
+        rng.multinomial(drawn_RS[:, s] * n, [1 / n] * n) / (S * n) for s, n in enumerate(sizes)
+    ]
     plain = np.repeat([1 / (S * n) for n in sizes], sizes)
     return np.vstack([plain, np.concatenate(counts, axis=1)])
 
@@ -67,290 +110,908 @@ def interval(means_R):
     return (means_R[0], *np.percentile(means_R[1:], (2.5, 97.5)))
 
 
-def summarise(runs, world):
+def settings_of(root):
+    """{name: value} of everything that the stages of a run were made with."""
+    folders = [root / folder / "settings" for folder in FOLDERS.values()]
+    found = [
+        read_json(file, {}) for folder in folders for file in sorted(folder.glob("*.json"))
+    ]
+    return {name: value for settings in found for name, value in settings.items()}
+
+
+def summarise(found, world):
     """{(method, top_p): 1 + R rows (the world's two figures in %, turns)}, and the number of tasks of each run.
 
-    Runs without an evaluation are left out; a method counts when all others have it.
+    found: `evaluations` of each run. Runs without any are left out; a method counts when all others have it.
     """
-    found = [f for f in map(evaluations, runs) if f]
-    sizes, means = [len(next(iter(f.values()))) for f in found], {}
-    weights_RN = resample_weights(sizes) if sizes else None
-    for key in [(m, p) for m in STAGES for p in sorted({p for f in found for _, p in f}, reverse=True)]:
-        if all(key in f for f in found):
-            pairs = [pair for f in found for pair in zip(f[key], f.get(("base", key[1]), f[key]))]
-            rows = [[*world.figures(r, base), len(r["dialogue_history"]) // 2] for r, base in pairs]
-            means[key] = weights_RN @ np.array(rows)
+    found = [evaluated for evaluated in found if evaluated]
+    sizes = [len(next(iter(evaluated.values()))) for evaluated in found]
+    if not found:
+        return {}, sizes
+    weights_RN, means = resample_weights(sizes), {}
+    ways = sorted({top_p for evaluated in found for _, top_p in evaluated}, reverse=True)
+    for key in [(method, top_p) for method in METHODS for top_p in ways]:
+        if not all(key in evaluated for evaluated in found):
+            continue
+        rows = []
+        for evaluated in found:
+            records = evaluated[key]
+            for record, base in zip(records, evaluated.get(("base", key[1]), records)):
+                rows.append(
+                    [*world.figures(record, base), len(record["dialogue_history"]) // 2]
+                )
+        means[key] = weights_RN @ np.array(rows)
     return means, sizes
 
 
 def seconds_of(root, method):
     """Seconds of all stages that a method needs, NaN where one was not timed."""
-    spent = [read_json(root / folder / "seconds.json", {}) for folder in FOLDERS.values()]
-    own = set(SWEET.split()) - {"rollout", "samples"} if method == "SWEET without c" else ()
-    return sum(spent[stage in own].get(stage, np.nan) for stage in STAGES[method].split())
+    shared, own = (read_json(root / folder / "seconds.json", {}) for folder in FOLDERS.values())
+    without_c = (
+        {"critic", "candidates", "pairs", "actor"} if method == "SWEET without c" else ()
+    )
+    return sum(
+        (own if stage in without_c else shared).get(stage, np.nan)
+        for stage in STAGES[method].split()
+    )
 
 
-def decoding(top_p):
-    return "T=1" if top_p == 1 else f"top-p {top_p:g}"
+def leads(means, methods, ways):
+    """{what SWEET is compared with: [(method, (mean, low, high) of SWEET's lead in points) of each way]}."""
+    baselines = [method for method in ("RFT", "multi-turn DPO") if method in methods]
+    if "SWEET" not in methods or not baselines:
+        return {}
+    choices = {method: [method] for method in methods if method != "SWEET"}
+    found = {}
+    for label, choice in {**choices, "better baseline": baselines}.items():
+        best = [max(choice, key=lambda m, p=p: means[m, p][0, 0]) for p in ways]
+        gaps = [(means["SWEET", p] - means[m, p])[:, 0] for m, p in zip(best, ways)]
+        found[label] = list(zip(best, map(interval, gaps)))
+    return found
 
 
-def results_tables(runs, world=backend):
-    """[(caption, header, rows)] of the results and of SWEET's lead, none where nothing was evaluated."""
-    means, sizes = summarise(runs, world)
-    if not means:
-        return []
-    methods, ways = ([*dict.fromkeys(names)] for names in zip(*means))
-    rows, lead = [], []
-    for method in methods:
-        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*interval(means[method, p][:, 0])) for p in ways]
-        _, other, turns = means[method, ways[-1]][0]
-        seconds = np.mean([seconds_of(root, method) for root in runs])
-        rows.append([method, *cells, f"{other:.1f}", f"{turns:.2f}", f"{seconds:.0f}", world.PAPER[method]])
-    baselines = [m for m in ("RFT", "multi-turn DPO") if m in methods]
-    others = {f"SWEET - {m}": [m] for m in methods if m != "SWEET"} | {"SWEET - better baseline": baselines}
-    for label, choice in others.items() if "SWEET" in methods and baselines else ():
-        best = [max(choice, key=lambda m: means[m, p][0, 0]) for p in ways]
-        gaps = [interval((means["SWEET", p] - means[m, p])[:, 0]) for m, p in zip(best, ways)]
-        named = [f" ({m})" * (len(choice) > 1) for m in best]
-        lead.append([label, *("{:+.1f} [{:+.1f}, {:+.1f}]".format(*gap) + name for gap, name in zip(gaps, named))])
+def results_caption(runs, means, sizes, ways, figure):
     over = "tasks only, there being one seed" if len(sizes) == 1 else "seeds and their tasks"
-    figures = world.headers(read_json(runs[0] / "settings" / "rollout.json", {}))
     base = np.mean([read_json(root / "seconds.json", {}).get("base", 0) for root in runs])
     caption = (
         f"n = {' + '.join(map(str, sizes))} held-out tasks, seeds: {len(sizes)}. Brackets: 95 % intervals, bootstrap "
-        f"over {over}. {figures[1].capitalize()}, turns: {decoding(ways[-1])}. Seconds: all stages after the base "
+        f"over {over}. {figure.capitalize()}, turns: {decoding(ways[-1])}. Seconds: all stages after the base "
         f"policy ({base:.0f})."
     )
     if any(np.ptp(mean_R3[:, 0]) == 0 for mean_R3 in means.values()):
         caption += " A bracket of no width: all of these tasks came out alike; it does not say how others will."
-    header = ["method", *(f"{figures[0]} %, {decoding(p)}" for p in ways), f"{figures[1]} %", "turns", "seconds"]
-    gaps = (f"Points of {figures[0]}, on the same redrawn seeds and tasks.", ["difference", *map(decoding, ways)], lead)
-    seconds = [[m, *("{:.1f} [{:.1f}, {:.1f}]".format(*interval(means[m, p][:, 1])) for p in ways)] for m in methods]
-    more = (f"The same, with intervals: {figures[1]} %.", [figures[1], *map(decoding, ways)], seconds)
-    return [(caption, [*header, "paper (8B, real ColBench)"], rows)] + [gaps] * bool(lead) + [more] * world.PAIRED
+    return caption
 
 
-def credit_tables(runs):
+def results_tables(runs, world, means, sizes):
+    """[(caption, header, rows)] of the results and of SWEET's lead, none where nothing was evaluated. means, sizes: as
+    `summarise` returns them."""
+    if not means:
+        return []
+    methods, ways = ([*dict.fromkeys(names)] for names in zip(*means))
+    figure, other = world.headers(settings_of(runs[0]))
+    decoded = list(map(decoding, ways))
+    rows, more = [], []
+    for method in methods:
+        by_way = [means[method, p] for p in ways]
+        _, second, turns = by_way[-1][0]
+        seconds = np.mean([seconds_of(root, method) for root in runs])
+        cells = [bracketed(interval(mean_R3[:, 0])) for mean_R3 in by_way]
+        rows.append(
+            [
+                method,
+                *cells,
+                number(second),
+                number(turns, 2),
+                number(seconds, 0),
+                world.PAPER[method],
+            ]
+        )
+        more.append([method, *(bracketed(interval(mean_R3[:, 1])) for mean_R3 in by_way)])
+    header = [
+        "method",
+        *(f"{figure} %, {way}" for way in decoded),
+        f"{other} %",
+        "turns",
+        "seconds",
+    ]
+    caption = results_caption(runs, means, sizes, ways, other)
+    tables = [(caption, [*header, "paper (8B, real ColBench)"], rows)]
+    lead = []
+    for label, gaps in leads(means, methods, ways).items():
+        names = [f" ({method})" if label == "better baseline" else "" for method, _ in gaps]
+        lead.append(
+            [
+                f"SWEET - {label}",
+                *(bracketed(gap, "+") + name for (_, gap), name in zip(gaps, names)),
+            ]
+        )
+    if lead:
+        tables.append(
+            (
+                f"Points of {figure}, on the same redrawn seeds and tasks.",
+                ["difference", *decoded],
+                lead,
+            )
+        )
+    if world.PAIRED:
+        tables.append((f"The same, with intervals: {other} %.", [other, *decoded], more))
+    return tables
+
+
+def credit_tables(runs, world=backend):
     """[(caption, header, rows)] of how often each critic is right: mean over runs, range, number of states or pairs."""
     rows = []
     for label, folder in FOLDERS.items():
-        found, cells = [c for root in runs if (c := read_json(root / folder / "credit.json"))], []
+        found = [read_json(root / folder / "credit.json", {}) for root in runs]
+        found = [credit for credit in found if credit]
+        cells = []
         for kind, value, count in CREDIT:
-            scores = [c[kind][value] for c in found if c.get(kind, {}).get(value) is not None]
-            total = f"{sum(c.get(kind, {}).get(count, 0) for c in found)} {count}"
+            scores = [
+                credit[kind][value]
+                for credit in found
+                if credit.get(kind, {}).get(value) is not None
+            ]
+            total = f"{sum(credit.get(kind, {}).get(count, 0) for credit in found)} {count}"
             spread = f"{min(scores):.2f} to {max(scores):.2f}, " if len(scores) > 1 else ""
             cells.append(f"{np.mean(scores):.2f} ({spread}{total})" if scores else "-")
-        rows += [[f"critic {label}", *cells]] * bool(found)
+        if found:
+            rows.append([f"critic {label}", *cells])
+    turn = words_of(world, "question")
     caption = (
-        "AUC: how often a useful question (a right answer) has a larger advantage than a useless (wrong) one there; "
-        "Monte Carlo: how often a turn has that leads to success more often than another. 0.5: guessing, 1: perfect."
+        f"AUC: how often a {turn[1]} {turn[0]} (a right answer) has a larger advantage than a {turn[2]} (wrong) one "
+        "there; Monte Carlo: how often a turn has that leads to success more often than another. 0.5: guessing, "
+        "1: perfect."
     )
-    header = ["credit, held-out tasks", "AUC, questions", "AUC, answers", "agrees with Monte Carlo"]
+    header = [
+        "credit, held-out tasks",
+        f"AUC, {turn[0]}s",
+        "AUC, answers",
+        "agrees with Monte Carlo",
+    ]
     return [(caption, header, rows)] if rows else []
+
+
+def words_of(world, kind):
+    """(noun, good, bad) for a kind of turn, as the world calls it."""
+    return {"question": world.TURN, "answer": ("answer", "right", "wrong")}.get(
+        kind, ("turn", "good", "bad")
+    )
 
 
 def results_table(runs, world=backend):
     """The results of one run or of several seeds as Markdown, padded so that it reads well in a terminal too."""
     runs, text = [Path(root) for root in runs], []
-    for caption, header, rows in results_tables(runs, world) + credit_tables(runs):
+    results = results_tables(runs, world, *summarise(map(evaluations, runs), world))
+    for caption, header, rows in results + credit_tables(runs, world):
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
         lines = [header, ["-" * width for width in widths], *rows]
-        text += ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines] + ["", caption, ""]
+        text += ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines] + [
+            "",
+            caption,
+            "",
+        ]
     return "\n".join(text) or "No results yet: eval.jsonl is made by `python sweet.py eval`.\n"
 
 
-def html_tables(tables):
-    text = ""
-    for caption, header, rows in tables:
-        cells = ["".join(f"<td>{escape(cell)}" for cell in row) for row in [header, *rows]]
-        text += f"<table><tr>{'<tr>'.join(cells)}</table><p>{escape(caption)}</p>"
-    return text
+# ------------------------------------------------------------------ the first screen
 
 
-# ------------------------------------------------------------------ drawings
+def sign_of(lead_R):
+    """1 or -1 where the interval of a lead lies on one side of 0; 0 where it does not, or where too few tasks, all
+    alike, make one of no width."""
+    _, low, high = interval(lead_R)
+    return int(np.sign(low)) if low * high > 0 and low < high else 0
 
 
-def ticks(low, high):
-    """A few round numbers from low to high."""
-    power = 10.0 ** np.floor(np.log10((high - low) / 4))
-    step = power * next(m for m in (1, 2, 5, 10) if m * power >= (high - low) / 4)
-    return [round(step * i, 10) for i in range(int(np.ceil(low / step)), int(high / step) + 1)]
+def sentences(means, figure, order):
+    """What the intervals of the differences say, and what they leave open: a list of sentences. order: {method: the
+    paper's figure, or None}."""
+    methods, ways = ([*dict.fromkeys(names)] for names in zip(*means))
+    subject = "SWEET" if "SWEET" in methods else methods[-1]
+    groups = {}
+    for other in methods:
+        signs = {
+            p: sign_of((means[subject, p] - means[other, p])[:, 0])
+            for p in ways
+            if other != subject
+        }
+        for sign in sorted(set(signs.values())):
+            where = [decoding(p) for p in ways if signs[p] == sign]
+            groups.setdefault((sign, listed(where)), []).append(other)
+    openings = {
+        1: f"Found: {subject} has more {figure} than",
+        -1: f"Found: {subject} has less {figure} than",
+        0: f"Not found: a difference between {subject} and",
+    }
+    text = []
+    for sign, opening in openings.items():
+        parts = [
+            f"{listed(others)} at {where}" for (s, where), others in groups.items() if s == sign
+        ]
+        if parts:
+            text.append(f"{opening} {'; '.join(parts)}.")
+    return text + paper_order(
+        means, ways[-1], [method for method in methods if order[method] is not None], order
+    )
 
 
-def smooth(values):
-    """Running mean over a fifteenth of the curve."""
-    window = np.ones(max(1, len(values) // 15))
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+def paper_order(means, way, methods, order):
+    """How many of the paper's comparisons hold here, as a sentence (in a list; none where there are too few)."""
+    methods = sorted(methods, key=lambda method: -order[method])
+    signs = {}
+    for i, better in enumerate(methods):
+        for worse in methods[i + 1 :]:
+            sign = sign_of((means[better, way] - means[worse, way])[:, 0])
+            signs.setdefault(sign, []).append(f"{better} > {worse}")
+    count = sum(map(len, signs.values()))
+    if count < 2:
+        return []
+    text = f"Of the paper's order, {' > '.join(methods)}, {len(signs.get(1, []))} of {count} comparisons hold here"
+    text += f"; open: {', '.join(signs[0])}" if 0 in signs else ""
+    text += f"; the other way round: {', '.join(signs[-1])}" if -1 in signs else ""
+    return [f"{text} ({decoding(way)})."]
 
 
-def chart(title, lines):
-    """Inline SVG of {name: one value a step}: a strong running mean over the faint values; tooltips give both."""
-    low, high = np.percentile(np.concatenate([*lines.values()]), (1, 99)) + (-1e-3, 1e-3)
-
-    def xy(share, value):
-        return f"{44 + 300 * share:.1f}", f"{186 - 166 * (np.clip(value, low, high) - low) / (high - low):.1f}"
-
-    marks = [(t, xy(0, t)[1]) for t in ticks(low, high)]
-    svg = [f"<path d='M44 {y}h300'/><text x=38 y={y} dy=4 class=end>{t:g}</text>" for t, y in marks]
-    svg += [f"<text x={44 + 3 * t} y=204>{t}</text>" for t in (0, 25, 50, 75)] + ["<text x=344 y=204>100 %</text>"]
-    for k, (name, values) in enumerate(lines.items()):
-        n, calm = len(values), smooth(values)
-        for css, curve in (("raw", values), ("", calm)):
-            points = " ".join(",".join(xy(i / n, curve[i])) for i in range(0, n, max(1, n // 300)))
-            svg.append(f"<polyline class='k{k} {css}' points='{points}'/>")
-        for i in range(0, n, max(1, n // 24)):
-            (x, y), tip = xy(i / n, calm[i]), f"{name}, step {i + 1} of {n}: {calm[i]:.3g} (raw {values[i]:.3g})"
-            svg.append(f"<circle cx={x} cy={y} r=6><title>{tip}</title></circle>")
-    key = "".join(f"<i class=k{k}>{name}</i>" for k, name in enumerate(lines)) if len(lines) > 1 else ""
-    return f"<figure>{title}<br>{key}<svg viewBox='0 0 352 212'>{''.join(svg)}</svg></figure>"
+def paper_figures(world):
+    """{method: the paper's figure, None where it gives none}."""
+    return {
+        method: float(text) if text[:1].isdigit() else None
+        for method, text in world.PAPER.items()
+    }
 
 
-# ------------------------------------------------------------------ sections of the page
+def first_screen(run, found):
+    """The sentences, the picture and the tables of the results; nothing where no method was evaluated. found: the
+    run's evaluations."""
+    means, sizes = summarise([found], run.world)
+    if not means:
+        return {}
+    methods, ways = ([*dict.fromkeys(names)] for names in zip(*means))
+    figure, order = run.world.headers(run.settings)[0], paper_figures(run.world)
+    rows = {m: ([interval(means[m, p][:, 0]) for p in ways], order[m]) for m in methods}
+    title = f"{figure} by method, with 95 % intervals"
+    chart = charts.intervals(
+        title, rows, list(map(decoding, ways)), f"{figure}, %", "paper (8B)"
+    )
+    return {
+        "sentences": sentences(means, figure, order),
+        "chart": chart,
+        "tables": results_tables([run.root], run.world, means, sizes),
+    }
 
 
-def absent(file, stage):
-    return f"<p>{file} is not there: <code>python sweet.py {stage}</code> makes it.</p>"
+# ------------------------------------------------------------------ a run as the page sees it
 
 
-def training(root, own):
-    """The training curves, and the critic's margin by kind of turn; a line for each stage that was not run."""
-    folders = {"critic": own, "actor": own, "multiturn": root, "rft": root, "base": root}
-    logs = {name: read_json(folder / name / "log.json") for name, folder in folders.items()}
-    gone = "".join(absent(f"{name}/log.json", name) for name, log in logs.items() if not log)
-    logs = {n: {k: np.nan_to_num([r[k] for r in log], posinf=0) for k in log[0]} for n, log in logs.items() if log}
-    figures = [chart(f"{name}: loss, {len(log['loss'])} steps", {name: log["loss"]}) for name, log in logs.items()]
-    order = {name: log["accuracy"] for name, log in logs.items() if "accuracy" in log}
-    figures += [chart("share of pairs in the right order", order)] if order else []
-    text = f"""<div class=charts>{"".join(figures)}</div>{gone}<p>Across: % of training. Faint: each step; strong:
-        running mean; point at a curve for its values. A preference loss starts at log 2 = 0.69, a coin toss (plus a
-        likelihood term where a stage has one), and falls as chosen and rejected come apart.</p>"""
-    if "critic" in logs:
-        whole, last = logs["critic"]["margin"], logs["critic"]["margin_answers"]
-        parts = zip(*(np.array_split(values, 4) for values in (last, whole)))
-        shares = ", ".join(f"{100 * a.sum() / b.sum():.0f}" if b.sum() > 0 else "?" for a, b in parts)
-        figure = chart("critic's margin, nats a token", {"answer turn": last, "earlier turns": whole - last})
-        text += f"""<div class=charts>{figure}</div><p>How far the better dialogue's advantages exceed the worse one's.
-            The answer turn's share of it in the four quarters of training: {shares} %. Near 100 %, the critic only
-            knows right answers, and has nothing to say about questions.</p>"""
-    return text
+@dataclass
+class RunFolder:
+    """The files of a run, and what it takes to judge turns as the run did. Of what depends on whether the critic reads
+    c, those without c stand in where there are no others."""
+
+    root: Path
+    world: object = backend
+    machine: Machine = field(default_factory=Machine)
+
+    @cached_property
+    def own(self):
+        folders = [self.root / folder for folder in FOLDERS.values()]
+        return next((folder for folder in folders if (folder / "critic").exists()), self.root)
+
+    @cached_property
+    def settings(self):
+        return {
+            **settings_of(self.root),
+            **{
+                k: v
+                for f in sorted(self.own.glob("settings/*.json"))
+                for k, v in read_json(f, {}).items()
+            },
+        }
+
+    def grade(self, answers, tasks):
+        rules = self.settings.get("clip"), self.settings.get("rollout.call_seconds", 1.0)
+        return self.world.grader(*rules)(answers, tasks)
+
+    def model(self, name):
+        """The initial policy ("base"; perhaps the user's own) or the critic, in the run's number format."""
+        given = self.settings.get("model") if name == "base" else None
+        kept = {
+            key: self.settings[key] for key in ("dtype", "attention") if key in self.settings
+        }
+        path = given or (self.root if name == "base" else self.own) / name
+        if not given and not path.exists():
+            raise InputError(f"{name}/ is not there")
+        return load_model(path, replace(self.machine, **kept))
+
+    def critic_settings(self):
+        from critic import Critic
+
+        names = [
+            option.name for option in fields(Critic) if f"critic.{option.name}" in self.settings
+        ]
+        return Critic(**{name: self.settings[f"critic.{name}"] for name in names})
+
+
+def offline_table(run):
+    """The offline dialogues: how many, how often the marker was used, how many tests passed."""
+    file = Path(run.settings.get("trajectories") or run.root / "trajectories.jsonl")
+    if not file.exists():
+        return []
+    records = [record for _, record in read_records(file, trajectory())]
+    if not records:
+        return []
+    figure, other = run.world.headers(run.settings)
+    rows = [
+        [*run.world.figures(record, record), len(record["dialogue_history"]) // 2]
+        for record in records
+    ]
+    means = np.mean(rows, 0)
+    used = np.mean(
+        [ANSWER_MARKER in record["dialogue_history"][-1]["content"] for record in records]
+    )
+    tasks = {
+        (record["task"]["problem_description"], record["task"]["ground_truth"])
+        for record in records
+    }
+    header = ["dialogues", "tasks", "turns", "ended with the marker", f"{figure} %"]
+    row = [
+        f"{len(records)}",
+        f"{len(tasks)}",
+        number(means[2], 2),
+        f"{100 * used:.0f} %",
+        number(means[0]),
+    ]
+    if not run.world.PAIRED:
+        header, row = [*header, f"{other} %"], [*row, number(means[1])]
+    return [
+        (
+            "What the initial policy does by itself: the dialogues that everything else learns from.",
+            header,
+            [row],
+        )
+    ]
+
+
+# ------------------------------------------------------------------ one state, sixteen candidates
+
+
+def own_records(path):
+    """The records of a file that a stage wrote, none where it is not there. Not checked again: it may be large."""
+    if path.exists():
+        with open(path, encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+
+def with_pairs(states, pairs, most):
+    """Yield the states of candidates.jsonl, each with its "pairs" (chosen text, rejected text) out of pairs.jsonl,
+    which is in the same order and holds at most so many for each state."""
+    waiting = 0
+    for state in states:
+        texts = {candidate["content"] for candidate in state["candidates"]}
+        state["pairs"] = []
+        while waiting < len(pairs) and len(state["pairs"]) < most:
+            names = tuple(pairs[waiting][side][0]["content"] for side in ("chosen", "rejected"))
+            foreign = pairs[waiting]["prompt"] != state["messages"] or not texts.issuperset(
+                names
+            )
+            if foreign or names in state["pairs"]:
+                break
+            state["pairs"].append(names)
+            waiting += 1
+        yield state
+
+
+def choose_states(states, world):
+    """[(title, state)]: an early turn, a late one and an answer. Of each kind the first state at which the world finds
+    some candidates good and some not; a late one is as late as there are."""
+    best = {}
+    for state in states:
+        task, known = Task.from_record(state["task"]), []
+        for candidate in state["candidates"]:
+            kind, good = world.judge(task, state["messages"], candidate["content"])
+            known += [(kind == "answer", good)] * candidate.get("count", 1)
+        answers = 2 * sum(answer for answer, _ in known) > len(known)
+        turn = len(state["messages"]) // 2 + 1
+        name = "answer" if answers else "early" if turn == 1 else "late"
+        mixed = len({good for answer, good in known if answer == answers}) == 2
+        merit = (mixed, turn if name == "late" else 0, min(len(state["candidates"]), 6))
+        if known and (name not in best or merit > best[name][0]):
+            best[name] = merit, f"turn {turn}", state
+    titles = {
+        "early": f"An early {world.TURN[0]}",
+        "late": f"A late {world.TURN[0]}",
+        "answer": "An answer",
+    }
+    return [
+        (f"{titles[name]}, {best[name][1]}", best[name][2]) for name in titles if name in best
+    ]
+
+
+def ranked(state, world):
+    """The candidates in the critic's order, as rows of a table; the line between the halves is `half` rows down.
+
+    The halves are of the samples, so a turn that was sampled often may stand on both sides of the line.
+    """
+    rows, above, half = [], 0, 0.0
+    total = sum(candidate.get("count", 1) for candidate in state["candidates"])
+    for candidate in sorted(state["candidates"], key=lambda c: -c["advantage"]):
+        count, text = candidate.get("count", 1), candidate["content"]
+        share = (
+            min(max(total / 2 - above, 0), count) / count
+        )  # of its samples, in the better half
+        half += share
+        above += count
+        without_c = candidate.get("ref_sum_without_c")
+        known = without_c is not None and candidate["output_ids"]
+        noun, good, bad = words_of(world, candidate.get("kind"))
+        rows.append(
+            {
+                "text": world.brief(text),
+                "count": count,
+                "advantage": candidate["advantage"],
+                "untrained": (candidate["ref_sum"] - without_c) / len(candidate["output_ids"])
+                if known
+                else None,
+                "half": "better" if share == 1 else "worse" if share == 0 else "both",
+                "good": candidate.get("good"),
+                "verdict": f"{good if candidate.get('good') else bad} {noun}",
+                "pairs": [
+                    f"{side} {k}"
+                    for k, pair in enumerate(state["pairs"], 1)
+                    for side, name in zip(("chosen", "rejected"), pair)
+                    if name == text
+                ],
+            }
+        )
+        if candidate.get("kind") == "other":
+            rows[-1] |= {"good": None, "verdict": "-"}
+    return rows, half
+
+
+def ranking_chart(title, rows, half, names=None, **more):
+    classes = [{True: 0, False: 1}.get(row["good"], 2) for row in rows]
+    untrained = [np.nan if row["untrained"] is None else row["untrained"] for row in rows]
+    names = names or list(range(1, len(rows) + 1))
+    advantages = [row["advantage"] for row in rows]
+    return charts.ranking(
+        title,
+        names,
+        advantages,
+        classes,
+        half,
+        ("untrained critic", untrained),
+        "advantage, nats a token",
+        **more,
+    )
+
+
+def sixteen(run):
+    """The chosen states, ready for the page."""
+    from critic import label
+
+    states, pairs = (
+        own_records(run.own / "candidates.jsonl"),
+        list(own_records(run.own / "pairs.jsonl")),
+    )
+    found = choose_states(
+        with_pairs(states, pairs, run.settings.get("pairs.per_state", 2)), run.world
+    )
+    label([state for _, state in found], run.world.judge, run.grade)
+    shown = []
+    for title, state in found:
+        rows, half = ranked(state, run.world)
+        chart = ranking_chart(f"{title}: the critic's advantages", rows, half)
+        said = [
+            {"role": m["role"], "text": run.world.brief(m["content"])}
+            for m in state["messages"][1:]
+        ]
+        shown.append(
+            {
+                "title": title,
+                "request": state["task"]["problem_description"],
+                "said": said,
+                "rows": rows,
+                "chart": chart,
+                "reference": run.world.brief(state["task"]["ground_truth"]),
+            }
+        )
+    return shown
+
+
+# ------------------------------------------------------------------ is the critic right?
+
+
+def knowledge(found, world):
+    """{method: (turns, mean share in % of what mattered that is known after each)}: turn 0 is the request."""
+    known = {}
+    for method, records in found.items():
+        by_turn = {}
+        for record in records:
+            task, messages = Task.from_record(record["task"]), record["dialogue_history"]
+            for turn in range(max(len(r["dialogue_history"]) for r in records) // 2):
+                share = world.known_share(task, messages[: 2 * turn + 1])
+                if share is not None:
+                    by_turn.setdefault(turn, []).append(100 * share)
+        if by_turn:
+            known[method] = (
+                list(by_turn),
+                [float(np.mean(shares)) for shares in by_turn.values()],
+            )
+    return known
+
+
+def credit_points(run):
+    """{class: (advantages, values in points)} of the candidates that were valued by Monte Carlo, both less the means of
+    their state."""
+    _, good, bad = run.world.TURN
+    groups = {f"{good} or right": ([], []), f"{bad} or wrong": ([], [])}
+    for state in own_records(run.own / "credit.jsonl"):
+        valued = [candidate for candidate in state["candidates"] if candidate.get("returns")]
+        advantages = np.array([candidate["advantage"] for candidate in valued])
+        values = np.array([100 * np.mean(candidate["returns"]) for candidate in valued])
+        for candidate, x, y in zip(valued, advantages, values):
+            xs, ys = list(groups.values())[not candidate.get("good")]
+            xs.append(x - advantages.mean())
+            ys.append(y - values.mean())
+    return groups
+
+
+def credit_section(run, found):
+    points, known = credit_points(run), knowledge(found, run.world)
+    checked, shares, figures = credit_tables([run.root], run.world), [], []
+    if sum(len(xs) for xs, _ in points.values()) > 1:
+        title = "Advantage against Monte Carlo value, a point a candidate"
+        labels = (
+            "advantage less the state's mean, nats a token",
+            "value less the state's mean, points",
+        )
+        figures.append((title, charts.points(title, points, *labels)))
+    if known:
+        turns = sorted({turn for turns, _ in known.values() for turn in turns})
+        rows = [
+            [method, *(number(dict(zip(*found)).get(turn)) for turn in turns)]
+            for method, found in known.items()
+        ]
+        header = ["method", *(f"after turn {turn}" if turn else "request" for turn in turns)]
+        shares = [(f"{run.world.KNOWN}, %.", header, rows)]
+        if len(turns) > 1:
+            title = f"{run.world.KNOWN}, by turn"
+            figures.insert(0, (title, charts.curves(title, known, "turn", "%", steps=True)))
+    return {
+        "figures": figures,
+        "tables": shares + checked,
+        "checked": bool(checked),
+        "points": any(xs for xs, _ in points.values()),
+        "states": (run.own / "credit.jsonl").exists(),
+    }
+
+
+# ------------------------------------------------------------------ losses
+
+
+def training(run):
+    """Charts of the losses, and a line for each log that makes none."""
+    folders = {
+        "critic": run.own,
+        "actor": run.own,
+        "multiturn": run.root,
+        "rft": run.root,
+        "base": run.root,
+    }
+    figures, notes, order = [], [], {}
+    for name, folder in folders.items():
+        log = read_json(folder / name / "log.json", [])
+        columns = {
+            key: [row.get(key, np.nan) for row in log] for key in (log[0] if log else ())
+        }
+        losses = np.array(columns.get("loss", []), dtype=float)
+        whole = losses[np.isfinite(losses)]
+        if not log and not (name == "base" and run.settings.get("model")):
+            notes.append(f"{name}: not trained here")
+        elif len(whole) > 1:
+            figures.append(
+                charts.training(f"{name}: loss, {len(losses)} steps", {name: losses})
+            )
+        elif len(whole):
+            notes.append(
+                f"{name}: {len(losses)} step{'s' * (len(losses) > 1)}, loss {number(whole[-1], 3)}"
+            )
+        if 0 < len(whole) < len(losses) or len(losses) and not len(whole):
+            notes.append(
+                f"{name}: {len(losses) - len(whole)} of {len(losses)} steps had a loss that is not finite"
+            )
+        if "accuracy" in columns and len(whole) > 1:
+            order[name] = columns["accuracy"]
+        if name == "critic" and "margin_answers" in columns and len(whole) > 1:
+            last = np.array(columns["margin_answers"])
+            lines = {"answer turn": last, "earlier turns": np.array(columns["margin"]) - last}
+            figures.append(charts.training("critic's margin, nats a token", lines))
+            notes.append(answers_share(np.array(columns["margin"]), last))
+    if order:
+        figures.append(charts.training("share of pairs in the right order", order))
+    return {"figures": figures, "notes": [note for note in notes if note]}
+
+
+def answers_share(margin, answers):
+    """How much of the critic's margin lies in the answer turn, in each quarter of the training that has a margin."""
+    quarters = [
+        (a.sum(), b.sum())
+        for a, b in zip(np.array_split(answers, 4), np.array_split(margin, 4))
+    ]
+    shares = [number(100 * a / b, 0) for a, b in quarters if b > 0]
+    if len(shares) < 4:
+        return ""
+    return (
+        f"The answer turn's share of the critic's margin in the four quarters of training: {', '.join(shares)} %. "
+        "Near 100 %, the critic only knows right answers, and has nothing to say about earlier turns."
+    )
 
 
 # ------------------------------------------------------------------ dialogues
 
 
-def choose(found, n):
-    """n of SWEET's records, half of them successes; then the base policy's record of the first one's task, or None.
+def succeeded(record, base, world):
+    """Success, or on pages a win against the base policy."""
+    return world.figures(record, base)[int(world.PAIRED)] > 50
 
-    First comes a task that SWEET solves and the base policy does not. SWEET without c stands in for SWEET.
+
+def choose_tasks(ended, n):
+    """Indices of n tasks such that each method is seen both to succeed and to fail, as far as it does both.
+
+    ended: {method: [success of each task]}. The first task is one that SWEET solves and the base policy does not.
     """
-    sweet = min((key for key in found if key[0].startswith("SWEET")), default=(None, None))  # and the lowest top-p
-    mine, base = found.get(sweet, []), found.get(("base", sweet[1]))
-    won, lost = ([i for i, r in enumerate(mine) if (r["reward"] == 1) is good] for good in (True, False))
-    won.sort(key=lambda i: base is not None and base[i]["reward"] == 1)
-    shown = won[: max(n // 2, n - len(lost))]
-    shown += lost[: n - len(shown)]
-    return [mine[i] for i in shown], base[shown[0]] if base and shown else None
+    count = len(next(iter(ended.values())))
+    subject = next(
+        (method for method in ("SWEET", "SWEET without c") if method in ended),
+        next(iter(ended)),
+    )
+    order = sorted(
+        range(count),
+        key=lambda i: not (ended[subject][i] and not ended.get("base", [False] * count)[i]),
+    )
+    chosen, seen = [], Counter()
+    while len(chosen) < min(n, count):
+        gain = {
+            i: sum(1 / (1 + seen[m, ended[m][i]]) for m in ended)
+            for i in order
+            if i not in chosen
+        }
+        best = max(gain, key=gain.get)
+        chosen.append(best)
+        seen.update((method, ended[method][best]) for method in ended)
+    return chosen
 
 
-def advantages_of(root, own, records):
-    """The critic's advantage of every turn (Eq. 3), a list for each record; [] for each where a model is missing."""
-    from critic import critic_view, turn_advantages
-    from machinery.train import load_model
-    from kernels.logprob import collate, turn_logprobs
+def compare(turn, candidates):
+    """A turn beside the other sampled turns, those of other tokens: {"advantage", "share": of them with a smaller
+    advantage (ties are half smaller), "distance": to the advantage of the middle one}; no share where there is none.
 
-    settings, read = read_json(own / "settings" / "critic.json", {}), []
-    paths = (own / "critic", Path(settings.get("model") or root / "base"))
-    if not all(path.exists() for path in paths):
-        return [[] for _ in records]
-    for path in paths:
-        model, tokenizer = load_model(path)
-        views = [critic_view(tokenizer, record, settings.get("critic.reference", True)) for record in records]
-        read.append([tensor.detach() for tensor in turn_logprobs(model, collate(views))])
-    (sums_BK, lengths_BK), (ref_BK, _) = read
-    return turn_advantages(sums_BK, ref_BK, lengths_BK, settings.get("critic.normalize", "turn")).tolist()
+    turn, candidates: {"output_ids", "advantage"}; a candidate's "count" says how often it was sampled.
+    """
+    others = [
+        [c["advantage"]] * c["count"]
+        for c in candidates
+        if c["output_ids"] != turn["output_ids"]
+    ]
+    others, mine = np.concatenate([[], *others]), turn["advantage"]
+    if not len(others):
+        return {"advantage": mine}
+    share = np.mean((others < mine) + 0.5 * (others == mine))
+    return {"advantage": mine, "share": share, "distance": mine - np.median(others)}
 
 
-def show(record, advantages, scale, world):
-    """One dialogue: turns on the left; what the world has to show of it on the right."""
-    turns = [f"<div><i>human</i>{escape(record['task']['problem_description'])}</div>"]
-    for i, message in enumerate(record["dialogue_history"][1:], 1):
-        text, who, style, number = escape(world.brief(message["content"])), "human", "", ""
+def colour_of(share, distance):
+    """(class, strength from 0 to 1) of a turn's colour: weak where the share is near a half, and where the advantage is
+    near the middle candidate's. distance: nats a token."""
+    strength = abs(2 * share - 1) * min(1.0, abs(distance) / FULL)
+    return ("up" if share >= 0.5 else "down"), strength
+
+
+def judge_turns(run, records, n=16):
+    """`compare` each agent turn of the records with n turns of the initial policy at its state: adds "judged", what
+    comes out for each agent turn."""
+    import actor
+    import critic
+    from env import action_tokens
+
+    policy, tokenizer = run.model("base")
+    states = []
+    for record in records:
+        history = record["dialogue_history"]
+        for k in range(1, len(history), 2):
+            turn = {
+                "content": history[k]["content"],
+                "output_ids": action_tokens(tokenizer, history[k]),
+            }
+            states.append(
+                {"task": record["task"], "messages": actor.bare(history[:k]), "turn": turn}
+            )
+    size = max(1, run.machine.rows // n)
+    parts = [states[i : i + size] for i in range(0, len(states), size)]
+    for part in parts:
+        keys = [
+            ("report", [message["content"] for message in state["messages"]]) for state in part
+        ]
+        actor.sample_candidates(
+            policy, tokenizer, part, keys, n, run.settings.get("rollout.max_tokens", 48)
+        )
+        for state in part:
+            state["candidates"].append(state["turn"])
+        critic.score_reference(policy, tokenizer, part)
+    del policy
+    trained, tokenizer = run.model("critic")
+    for part in parts:
+        critic.rank(trained, tokenizer, part, run.critic_settings())
+    judged = iter([compare(state["turn"], state["candidates"][:-1]) for state in states])
+    for record in records:
+        record["judged"] = [next(judged) for _ in record["dialogue_history"][1::2]]
+
+
+def turns_of(record, world):
+    """The messages of a dialogue after the request, as the page shows them."""
+    shown = []
+    for i, message in enumerate(record["dialogue_history"][1:]):
+        before, marker, _ = world.brief(message["content"]).partition(ANSWER_MARKER)
+        turn = {"who": "human", "text": before + marker, "as_shown": bool(marker)}
         if message["role"] == "assistant":
-            who, value = f"turn {i // 2 + 1}", advantages[i // 2] if advantages else 0.0
-            style = f" class='{'up' if value >= 0 else 'down'}' style='--a:{min(1, abs(value) / scale):.2f}'"
-            number = f"<b>{value:+.2f}</b>" if advantages else ""
-            before, marker, _ = text.partition(ANSWER_MARKER)
-            text = f"{before}{marker} <i>as shown</i>" if marker else text
-        turns.append(f"<div{style}>{number}<i>{who}</i>{text}</div>")
-    return f"""<article><h3>{escape(record["method"])}: {world.verdict(record)}</h3><section>{"".join(turns)}</section>
-        <aside>{world.evidence(record)}</aside></article>"""
+            turn["who"] = f"turn {i // 2 + 1}"
+            judged = record["judged"][i // 2] if "judged" in record else {}
+            if "share" in judged:
+                turn["share"] = f"{100 * judged['share']:.0f}"
+                turn["colour"], strength = colour_of(judged["share"], judged["distance"])
+                turn["strength"] = f"{strength:.2f}"
+            if judged:
+                turn["advantage"] = number(judged["advantage"], 2, "+")
+        else:
+            turn |= {"text": world.brief(message["content"]), "as_shown": False}
+        shown.append(turn)
+    return shown
 
 
-def dialogues_section(root, own, n, world):
-    records, base = choose(evaluations(root), n)
-    if not records:
-        return absent("SWEET's part of eval.jsonl", "eval")
-    records[1:1] = [base] if base else []
-    advantages = advantages_of(root, own, records)
-    scale = np.percentile([abs(a) for row in advantages for a in row if a] or [1.0], 90)
-    shown = [show(record, row, scale, world) for record, row in zip(records, advantages)]
-    pair = f"<div class=pair>{shown.pop(0)}{shown.pop(0)}</div>" if base else ""
-    note = f"""<p>The number on a turn is its advantage. Blue: the critic finds the turn more likely than the initial
-        policy does; orange: less (full colour from {scale:.2f} nats a token). {world.LEGEND} The agent never sees the
-        reference.</p>"""
-    gone = "" if any(advantages) else absent("critic/ or the initial policy, for the advantages,", "critic")
-    return f"{note}{gone}{pair}{''.join(shown)}"
+def dialogues_section(run, found, n):
+    """n tasks, on each of them the dialogue of every method side by side. found: {method: records}."""
+    if not found:
+        return {}
+    first = next(iter(found.values()))
+    bases = found.get("base", first)
+    ended = {
+        m: [succeeded(r, base, run.world) for r, base in zip(records, bases)]
+        for m, records in found.items()
+    }
+    chosen, note = choose_tasks(ended, n), ""
+    records = [found[method][i] for i in chosen for method in found]
+    for record in records:
+        record.setdefault(
+            "answer", record["dialogue_history"][-1]["content"].partition(ANSWER_MARKER)[2]
+        )
+    try:
+        judge_turns(run, records)
+    except InputError as error:  # a model that is not there, or not any more
+        note = str(error)
+    tasks = []
+    for i in chosen:
+        task = {"request": first[i]["task"]["problem_description"], "dialogues": []}
+        for k, (method, records) in enumerate(found.items()):
+            dialogue = {
+                "method": method,
+                "index": k,
+                "won": ended[method][i],
+                "turns": turns_of(records[i], run.world),
+                "verdict": run.world.verdict(records[i]),
+                "evidence": run.world.evidence(records[i]),
+            }
+            task["dialogues"].append(dialogue)
+        tasks.append(task)
+    return {"methods": list(found), "tasks": tasks, "note": note}
+
+
+def shown_dialogues(run, found):
+    """{method: records of the same tasks}: the evaluated ones at the lowest top-p, or else one offline dialogue a
+    task. found: the run's evaluations."""
+    if found:
+        way = min(top_p for _, top_p in found)
+        return {method: found[method, way] for method in METHODS if (method, way) in found}
+    file, first = Path(run.settings.get("trajectories") or run.root / "trajectories.jsonl"), {}
+    for _, record in read_records(file, trajectory()) if file.exists() else ():
+        first.setdefault(
+            (record["task"]["problem_description"], record["task"]["ground_truth"]), record
+        )
+    return {OFFLINE: list(first.values())} if first else {}
+
+
+# ------------------------------------------------------------------ provenance
+
+
+def provenance_section(run, defaults):
+    """What made the run: commands, code and machines of the stages, their seconds, the settings."""
+    made, spent = {}, {}
+    for label, folder in FOLDERS.items():
+        mark = "" if label == "with c" else " (without c)"
+        for stage, origin in read_json(run.root / folder / "made.json", {}).items():
+            made.setdefault(tuple(origin.items()), []).append(stage + mark)
+        for stage, seconds in read_json(run.root / folder / "seconds.json", {}).items():
+            spent[stage + mark] = seconds
+    origins = [{"stages": ", ".join(stages), **dict(origin)} for origin, stages in made.items()]
+    chart = charts.durations("Seconds of each stage", spent) if len(spent) > 1 else ""
+    defaults = defaults or {}
+    rows = [
+        (name, value, defaults.get(name, value)) for name, value in sorted(run.settings.items())
+    ]
+    changed = [row for row in rows if (row[1] or None) != (row[2] or None)]
+    return {
+        "origins": origins,
+        "chart": chart,
+        "total": f"{sum(spent.values()):.0f}",
+        "changed": changed,
+        "compared": bool(defaults),
+        "settings": rows,
+    }
 
 
 # ------------------------------------------------------------------ the page
 
-PAGE = Template("""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
-<meta http-equiv=Content-Security-Policy content="default-src 'none';style-src 'unsafe-inline';img-src data:">
-<title>$name</title>
-<style>:root{color-scheme:light dark;--up:35 120 190;--down:224 120 25;--soft:color-mix(in srgb,canvastext 64%,canvas);
---rule:color-mix(in srgb,canvastext 13%,canvas)}@media(prefers-color-scheme:dark){:root{--up:95 170 235;
---down:240 150 60}}body{margin:auto;padding:3rem 1.2rem 6rem;max-width:66rem;font:16px/1.6 system-ui,sans-serif}
-figure{margin:0;font-size:.88rem}h1,h2{font-family:Georgia,serif;line-height:1.2;margin:4.5rem 0 1rem}h1{margin:0}
-h3{font-size:1rem;grid-column:1/-1}h4,p,i,text,tr:first-child{color:var(--soft);fill:var(--soft);font-weight:400}
-h4{margin:.8rem 0 .2rem}b{float:right}p{max-width:44rem;font-size:.92rem}i{font:.78rem sans-serif;margin-right:.7rem}
-img{width:calc(50% - 4px);margin:0 2px;outline:1px solid var(--rule)}
-table,pre,ul{display:block;overflow:auto}table{border-collapse:collapse;margin-top:2rem;font-size:.88rem}
-b,td{font-variant-numeric:tabular-nums}.up{--hue:var(--up)}td{padding:.4rem 1.5rem .4rem 0;
-border-bottom:1px solid var(--rule);white-space:nowrap}.down{--hue:var(--down)}svg{width:100%;overflow:visible}
-text{font-size:11px;text-anchor:middle}.end{text-anchor:end}path{stroke:var(--rule)}.pair,article{display:grid;
-gap:0 2.5rem;grid-template-columns:repeat(auto-fill,minmax(min(26rem,100%),1fr))}.charts{display:grid;gap:2rem;
-grid-template-columns:repeat(auto-fill,minmax(min(18rem,100%),1fr));margin-top:2rem}polyline{fill:none;
-stroke:canvastext;stroke-width:1.8}.k0{stroke:rgb(var(--up))}.k2{stroke-dasharray:5 3}circle{fill:transparent}
-circle:hover{fill:rgb(var(--up))}.raw{opacity:.2;stroke-width:1}.raw.k1,.raw.k2{opacity:.1}i.k0:before{content:"━ ";
-color:rgb(var(--up))}i.k1:before{content:"━ ";color:canvastext}i.k2:before{content:"╍ ";color:canvastext}
-article>*{min-width:0}article{margin-top:2rem;border-top:1px solid var(--rule);font-size:.92rem;align-content:start}
-pre,ul{margin:0;padding:0}section div{padding:.45rem .8rem;margin-bottom:.4rem;white-space:pre-wrap;
-overflow-wrap:anywhere;border-left:4px solid rgb(var(--hue)/calc(.15 + var(--a)*.85));
-background:rgb(var(--hue)/calc(var(--a)*.32))}b{margin-left:1rem}pre,li,code{font:.8rem/1.5 ui-monospace,monospace}
-li{white-space:nowrap;list-style:none}mark{color:inherit;background:none;border-bottom:solid rgb(var(--down))}</style>
-<h1>What this run learned</h1><p>Run $name. An agent asks a person what they want, then answers. SWEET trains
-a critic that reads the solution to judge every turn, and the agent, who does not, to prefer what the critic does.</p>
-$sections<h2>Settings</h2><details><summary>settings of this run</summary><pre>$settings</pre></details></html>
-""")
 
+def write(root, out, dialogues=6, world=backend, machine=None, defaults=None):
+    """Write the page about the run in `root` (on tasks of `world`) to the file `out`, whole or not at all.
 
-def write(root, out, dialogues=8, world=backend):
-    """Write the page about the run in `root` (on tasks of `world`) to the file `out`, whole or not at all. Curves and
-    dialogues are of SWEET without c where nothing else was trained."""
-    root = Path(root)
-    own = next((root / folder for folder in FOLDERS.values() if (root / folder / "critic").exists()), root)
-    sections = {
-        "Results": html_tables(results_tables([root], world)) or absent("eval.jsonl", "eval"),
-        "Is the critic right?": html_tables(credit_tables([root])) or absent("credit.json", "credit"),
-        "Training": training(root, own),
-        "Dialogues on held-out tasks": dialogues_section(root, own, dialogues, world),
-    }
-    files = sorted(root.glob("settings/*.json")) + sorted(own.glob("settings/*.json"))
-    settings = {k: v for path in files for k, v in read_json(path, {}).items()}
-    text = escape("\n".join(f"{name} = {value}" for name, value in sorted(settings.items())))
-    body = "".join(f"<h2>{title}</h2>{section}" for title, section in sections.items())
-    page = PAGE.substitute(name=escape(root.name), sections=body, settings=text)
+    machine: where the models run (a Machine); defaults: {name: value} of the settings without any flag.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    run = RunFolder(Path(root), world, machine or Machine())
+    evaluated = evaluations(run.root)
+    found = shown_dialogues(run, evaluated)
+    environment = Environment(
+        loader=FileSystemLoader(PAGE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("page.html.j2").render(
+        name=run.root.name,
+        world=world,
+        stylesheet=(PAGE / "style.css").read_text(encoding="utf-8"),
+        number=number,
+        light=charts.variables(1),
+        dark=charts.variables(2),
+        full=FULL,
+        results=first_screen(run, evaluated),
+        offline=offline_table(run),
+        states=sixteen(run),
+        credit=credit_section(run, found if OFFLINE not in found else {}),
+        training=training(run),
+        dialogues=dialogues_section(run, found, dialogues),
+        origin=provenance_section(run, defaults),
+    )
     try:
         put_text(out, page.encode("utf-8", "replace").decode())  # a lone surrogate from a model becomes "?"
     except OSError as error:  # a run that can only be read has its table all the same
         print(f"sweet: note: {out} cannot be written ({error.strerror})", file=sys.stderr)
+
+
+# ------------------------------------------------------------------ the README's pictures
+
+
+def draw_docs(folder):
+    """docs/results.svg and docs/candidates.svg from the committed numbers."""
+    table, state = (read_json(folder / f"{name}.json", {}) for name in ("table", "candidates"))
+    rows = {
+        method: (found, paper_figures(backend)[method])
+        for method, found in table["methods"].items()
+    }
+    chart = charts.intervals(table["title"], rows, table["ways"], "success, %", "paper (8B)")
+    (folder / "results.svg").write_text(charts.standalone(chart), encoding="utf-8")
+    rows, half = ranked(state, backend)
+    names = [row["text"] + f"  ×{row['count']}" * (row["count"] > 1) for row in rows]
+    chart = ranking_chart(state["title"], rows, half, names, width=8)
+    (folder / "candidates.svg").write_text(charts.standalone(chart), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["docs"]:
+        sys.exit(
+            "python report.py docs draws the README's pictures; a run's report: python sweet.py report"
+        )
+    draw_docs(Path(__file__).resolve().parent / "docs")

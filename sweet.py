@@ -49,6 +49,7 @@ from env import load_tasks, read_trajectories, render
 from machinery import schema
 from machinery.files import InputError, JsonlWriter, forgive, put_text, read_json, write_groups, write_json
 from machinery.flags import make_parser, read_settings
+from machinery.provenance import provenance
 from machinery.reasons import why_no_pair, why_no_success, why_no_turn_pair
 from machinery.seeds import run_seeds
 from machinery.server import Server
@@ -337,12 +338,15 @@ def stage_credit(run):
     actor.play_on(model, tokenizer, valued, human, cfg.monte_carlo_rollouts, play, run.seed, run.grade)
     critic.rank(*run.model("critic"), states, run.settings["critic"])
     critic.label(states, run.world.judge, run.grade)
+    writer = JsonlWriter(run.path("credit.jsonl"), 10 ** 9)
+    writer.write(states)
+    writer.close()
     write_json(run.path("credit.json"), {**critic.agreement_with_labels(states),
                                          "monte_carlo": critic.agreement_with_monte_carlo(valued)})
 
 
 def stage_report(run):
-    report.write(run.root, run.path("report.html"), world=run.world)
+    report.write(run.root, run.path("report.html"), world=run.world, machine=run.machine, defaults=run.record.defaults)
 
 
 @dataclass(frozen=True)
@@ -394,6 +398,7 @@ def run_stage(run, name):
     run.options.running, file = "", output.parent / "seconds.json"
     if name != "report":
         write_json(file, {**read_json(file, {}), name: round(time.monotonic() - start, 1)})
+        write_json(output.parent / "made.json", {**read_json(output.parent / "made.json", {}), name: provenance()})
 
 
 # ------------------------------------------------------------------ play and table

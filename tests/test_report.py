@@ -5,6 +5,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import torch
 import report
 from env import ANSWER_MARKER, render
 from machinery.files import InputError
+from machinery.provenance import commit, provenance
+from worlds import backend, frontend
 from worlds.backend import make_tasks, make_tokenizer
 
 HOSTILE = "</script></pre><img src=x onerror=alert(1)>'\"&<svg onload=alert(2)>"
@@ -76,6 +79,34 @@ def log_of(steps, *names):
     ]
 
 
+def candidate(content, advantage, count, ids, **more):
+    scores = {"ref_sum": -2.0, "ref_sum_without_c": -3.0}
+    return {"content": content, "output_ids": ids, "count": count, "advantage": advantage, **scores, **more}
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_candidates(root, task):
+    """Two states with the same words, one pair of each; and two candidates that were valued by Monte Carlo."""
+    messages = [{"role": "user", "content": "instructions " + task["problem_description"]}]
+    turns = [candidate(HOSTILE, 0.5, 3, [1, 2]), candidate("b", -0.001, 2, [3]), candidate("c", -1.0, 3, [4])]
+    state = {"task": task, "messages": messages, "candidates": turns}
+    write_lines(root / "candidates.jsonl", [state, state])
+    sides = {
+        side: [{"role": "assistant", "content": text}] for side, text in (("chosen", HOSTILE), ("rejected", "c"))
+    }
+    other = {**sides, "rejected": [{"role": "assistant", "content": "b"}]}
+    write_lines(root / "pairs.jsonl", [{"prompt": messages, **pair} for pair in (sides, other, sides, other)])
+    valued = [
+        candidate("a", 1.0, 1, [1], returns=[1, 1], good=True),
+        candidate("b", 0.0, 1, [2], returns=[0, 1], good=False),
+    ]
+    write_lines(root / "credit.jsonl", [{**state, "candidates": valued}])
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     """A run with every file, whose tasks, dialogues, settings and name are hostile."""
@@ -99,6 +130,7 @@ def whole_run(tmp_path_factory):
         mc = {"accuracy": auc, "pairs": 8}
         kinds = {"question": {"auc": auc, "states": 7}, "answer": {"auc": None, "states": 0}}
         write_json(folder / "credit.json", {**kinds, "monte_carlo": mc})
+    write_candidates(root, tasks[0])
     write_json(root / "critic" / "log.json", log_of(40, "accuracy", "margin", "margin_answers"))
     for name in ("actor", "multiturn"):
         write_json(root / name / "log.json", log_of(30, "accuracy", "margin"))
@@ -214,7 +246,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
-        self.attributes |= {name for name, _ in attrs}
+        self.attributes |= set(attrs)
 
     def handle_data(self, data):
         self.text += data
@@ -223,23 +255,40 @@ class Tags(HTMLParser):
 def test_hostile_text_stays_text(page, whole_run):
     seen = Tags(page)
     assert not seen.tags & {"script", "img", "iframe", "object", "link"}
-    assert not [name for name in seen.attributes if name.startswith("on") or name in ("src", "href")]
-    assert f"turn 1{HOSTILE}" in seen.text and f"I prefer {HOSTILE}" in seen.text and f"# {HOSTILE}" in seen.text
+    assert not [name for name, _ in seen.attributes if name.startswith("on") or name == "src"]
+    assert all(value.startswith("#") for name, value in seen.attributes if name == "href")  # a chart's own marks
+    assert f"%{HOSTILE}" in seen.text  # a turn, after "better than so many %"
+    assert f"I prefer {HOSTILE}" in seen.text and f"# {HOSTILE}" in seen.text
     assert f"human = {HOSTILE}\ufffd" in seen.text and f"Run {whole_run.name}." in seen.text
 
 
 def test_page_needs_no_network(page):
-    assert not re.search(r"https?://|//[a-z]|@import|url\(", page.replace("http://www.w3.org/2000/svg", ""))
+    assert not re.search(r"https?://|//[a-z]|@import|url\((?!#)", page.replace("http://www.w3.org/2000/svg", ""))
     assert "prefers-color-scheme" in page and "default-src 'none'" in page
 
 
 def test_page_holds_every_section(page):
-    assert "is not there" not in page
-    assert page.count("<svg") == 7 and page.count("<polyline") > 14
-    assert page.count("<article>") == 7  # six tasks by SWEET, one also by the base policy
-    first, second = re.findall(r"<h3>(.*?)</h3>", page)[:2]
-    assert (first, second) == ("SWEET: success", "base: failure")
+    assert "is not there" not in page and "Turns are not judged" not in page
+    titles = ["Results", "One state, its candidates", "Is the critic right?", "Dialogues", "Where this comes from"]
+    assert re.findall(r"<h2>(.*?)</h2>", page) == titles
+    names = re.findall(r'aria-label="(.*?)"', page)
+    assert names[0] == "success by method, with 95 % intervals" and len(names) == page.count("<svg") == 12
+    assert page.count("<article") == 6 * 5  # six tasks by five methods
+    first = page.split('<div class="task">')[1]
+    assert "<h4>base: failure</h4>" in first and "<h4>SWEET: success</h4>" in first
     assert "passes 3 of" in page and "passes 0 of" in page
+
+
+def test_charts_are_xml_in_the_colours_of_the_page(page):
+    for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        ElementTree.fromstring(svg)
+        assert not re.search(r"#[0-9a-f]{6}\b", svg) and "font-family" not in svg and ' id="figure' not in svg
+        assert set(re.findall(r"var\((.*?)\)", svg)) <= set(re.findall(r"(--\w+):", page))
+
+
+def test_the_same_run_gives_the_same_page(page, whole_run, tmp_path):
+    report.write(whole_run, tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
 
 
 def test_advantages_are_the_critics(page, whole_run):
@@ -258,10 +307,206 @@ def test_advantages_are_the_critics(page, whole_run):
             if turn:
                 found.setdefault(turn, []).append(logprobs[t - 1, ids[t]].item())
         means.append({turn: np.mean(values) for turn, values in found.items()})
-    article = page.split("<article>")[1]
+    article = page.split('<article class="method-3')[1]
     expected = [means[0][turn] - means[1][turn] for turn in (1, 2)]
-    assert [float(x) for x in re.findall(r"<b>([+-][\d.]+)</b>", article)] == pytest.approx(expected, abs=0.006)
-    assert re.findall(r"class='(up|down)'", article) == ["up" if value >= 0 else "down" for value in expected]
+    shown = re.findall(r'title="advantage ([+-][\d.]+) nats', article.split("</article>")[0])
+    assert [float(x) for x in shown] == pytest.approx(expected, abs=0.006)
+
+
+def turn(advantage, *ids, count=1):
+    return {"output_ids": list(ids), "advantage": advantage, "count": count}
+
+
+def test_share_of_turns_that_are_worse():
+    """By hand: of the 8 samples that are other turns, 3 + 2 are worse and 2 are as good: (5 + 2 / 2) / 8."""
+    others = [
+        turn(-1.0, 1, count=3),
+        turn(-0.5, 2, count=2),
+        turn(0.1, 3, count=2),
+        turn(0.4, 4),
+        turn(0.1, 9, count=8),
+    ]
+    compared = report.compare(turn(0.1, 9), others)
+    assert compared == {"advantage": 0.1, "share": 0.75, "distance": pytest.approx(0.1 + 0.5)}
+    assert report.compare(turn(0.1, 9), others[-1:]) == {"advantage": 0.1}  # nothing else is said: no share
+
+
+@pytest.mark.parametrize(
+    "share, distance, colour, strength",
+    [
+        (1.0, 2.0, "up", 1.0),
+        (0.0, -2.0, "down", 1.0),
+        (1.0, 0.03, "up", 0.1),
+        (0.5, 2.0, "up", 0.0),
+        (0.25, -0.15, "down", 0.25),
+    ],
+)
+def test_no_full_colour_for_a_small_distance(share, distance, colour, strength):
+    assert report.colour_of(share, distance) == (colour, pytest.approx(strength))
+
+
+def test_candidates_stand_in_the_critics_order_with_their_pairs(page):
+    """8 samples: 3 + 1 of the 2 in the middle are the better half. Each state has its own pairs, though the words are
+    the same."""
+    section = page.split('<section id="candidates">')[1].split("</section>")[0]
+    assert "An early question, turn 1" in section
+    rows = re.findall(r'<tr class="(\w+) .*?">(.*?)</tr>', section, re.DOTALL)
+    cells = [[Tags(cell).text for cell in re.findall(r"<td.*?>(.*?)</td>", row, re.DOTALL)] for _, row in rows]
+    assert [kind for kind, _ in rows] == ["better", "both", "worse"]
+    assert [row[1] for row in cells] == ["+0.50", "+0.00", "-1.00"] and [row[3] for row in cells] == ["3", "2", "3"]
+    assert [row[4] for row in cells] == ["+0.50", "+1.00", "+1.00"]  # (-2 - -3) / L
+    assert [row[-1] for row in cells] == ["chosen 1, chosen 2", "rejected 2", "rejected 1"]
+
+
+def test_pairs_belong_to_their_state():
+    a, b = ({"messages": ["m"], "candidates": [{"content": c} for c in names]} for names in ("xyz", "xy"))
+    pairs = [
+        {"prompt": ["m"], "chosen": [{"content": c}], "rejected": [{"content": r}]} for c, r in ("xz", "xy", "xy")
+    ]
+    assert [s["pairs"] for s in report.with_pairs([a, b], pairs, 2)] == [[("x", "z"), ("x", "y")], [("x", "y")]]
+    assert [s["pairs"] for s in report.with_pairs([b, a], pairs[2:] + pairs[:2], 2)] == [
+        [("x", "y")],
+        [("x", "z"), ("x", "y")],
+    ]  # the first state had but one pair
+
+
+def test_points_are_less_their_states_mean(whole_run):
+    points = report.credit_points(report.RunFolder(whole_run))
+    assert points == {"useful or right": ([0.5], [25.0]), "useless or wrong": ([-0.5], [-25.0])}
+
+
+def test_knowledge_by_turn():
+    """A request that hides everything, then a question about a step that matters: none known, then one of three."""
+    task = next(
+        t
+        for t in make_tasks(60, 0, "test")
+        if not backend.known_share(t, [{"role": "user", "content": t.problem_description}])
+    )
+    history = [{"role": "user", "content": task.problem_description}]
+    step, value = next(iter(backend.read_function(task.ground_truth).items()))
+    said = f"Please {backend.STEPS[step].values[value][0]}."
+    history += [
+        {"role": "assistant", "content": "?"},
+        {"role": "user", "content": said},
+        {"role": "assistant", "content": "!"},
+    ]
+    known = report.knowledge({"m": [{"task": task.to_record(), "dialogue_history": history}]}, backend)
+    assert known == {"m": ([0, 1], [0.0, pytest.approx(100 / 3)])}
+
+
+def intervals_of(**lead):
+    """Means of redrawn tasks where each method's interval is (mean - 1, mean + 1)."""
+    noise = np.linspace(-1, 1, 2001)
+    return {
+        (m, 1.0): np.stack([np.concatenate([[mean], mean + noise * width])] * 3, 1)
+        for m, (mean, width) in lead.items()
+    }
+
+
+def test_the_finding_is_what_the_intervals_say():
+    means = intervals_of(base=(20, 0), RFT=(39.5, 0), SWEET=(40, 1))
+    text = report.sentences(means, "success", {"base": 1.0, "RFT": 2.0, "SWEET": 3.0})
+    assert text[0] == "Found: SWEET has more success than base at T=1."
+    assert text[1] == "Not found: a difference between SWEET and RFT at T=1."
+    assert "SWEET > RFT > base, 1 of 3 comparisons hold here" in text[2] and "open: " in text[2]
+    worse = report.sentences(intervals_of(base=(20, 0), SWEET=(10, 1)), "success", {"base": 1.0, "SWEET": None})
+    assert worse == ["Found: SWEET has less success than base at T=1."]
+    alike = report.sentences(intervals_of(base=(0, 0), SWEET=(100, 0)), "success", {"base": 1.0, "SWEET": None})
+    assert alike == ["Not found: a difference between SWEET and base at T=1."]  # one or two tasks tell nothing
+
+
+def text_of(path):
+    seen = Tags(re.sub(r"<style>.*?</style>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL))
+    return seen.text
+
+
+def test_nothing_misleads_on_odd_runs(tmp_path):
+    """One task, one step, losses that are no numbers, nothing timed, leads of a negative zero."""
+    write_eval(tmp_path, {"base": [0.0], "RFT": [1e-9], "SWEET": [0.0]}, question="Hm")
+    for name in ("critic", "actor"):
+        write_json(tmp_path / name / "log.json", log_of(1, "accuracy", "margin", "margin_answers"))
+    write_json(tmp_path / "rft" / "log.json", [{"loss": float("nan")}] * 3)
+    report.write(tmp_path, tmp_path / "report.html", defaults={"seed": 0})
+    text = text_of(tmp_path / "report.html")
+    assert not re.search(r"\bnan\b|-0\.0+\b|(?<!\w)\?|\binf\b", text)
+    assert "critic: 1 step, loss 0.700" in text and "rft: 3 of 3 steps had a loss that is not finite" in text
+    assert "| nan" not in report.results_table([tmp_path]) and "-0.0" not in report.results_table([tmp_path])
+
+
+def test_no_advice_to_make_what_was_given(tmp_path):
+    write_json(tmp_path / "settings" / "rollout.json", {"model": "some/hub-name"})
+    report.write(tmp_path, tmp_path / "report.html")
+    assert "base: not trained" not in text_of(tmp_path / "report.html")
+
+
+def test_rollouts_alone(tmp_path):
+    tasks = [t.to_record() for t in make_tasks(2, 0, "train")]
+    rows = [
+        record("", 1, task, "which ones?", task["ground_truth"], reward)
+        for task, reward in zip(tasks * 2, (1, 0.5, 0, 0))
+    ]
+    for row in rows:
+        del row["method"], row["top_p"]
+    rows[3]["dialogue_history"][-1]["content"] = "I do not know"
+    write_lines(tmp_path / "trajectories.jsonl", rows)
+    report.write(tmp_path, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    cells = re.findall(r"<td>(.*?)</td>", page.split("Offline dialogues")[1])[:6]
+    assert cells == ["4", "2", "2.00", "75 %", "25.0", "37.5"]
+    assert page.count("<article") == 2 and "Turns are not judged: base/ is not there." in page
+
+
+def test_the_words_are_the_worlds(tmp_path):
+    write_json(tmp_path / "credit.json", {"question": {"auc": 0.5, "states": 2}})
+    write_eval(tmp_path / "eval", {"base": [0.2], "SWEET": [0.4]})
+    write_json(tmp_path / "eval" / "settings" / "eval.json", {"clip": "some/clip"})
+    assert "AUC, drafts" in report.results_table([tmp_path], frontend)
+    assert "AUC, questions" in report.results_table([tmp_path])
+    assert "similarity (CLIP) %, T=1" in report.results_table([tmp_path / "eval"], frontend)
+
+
+def test_provenance(whole_run, tmp_path):
+    root = tmp_path / "run"
+    origin = {
+        "command": "python sweet.py --seed 3",
+        "commit": "abc1234",
+        "date": "today",
+        "machine": "m",
+        "versions": "v",
+    }
+    write_json(root / "made.json", {"base": origin, "rollout": origin})
+    write_json(root / "seconds.json", {"base": 50.2, "rollout": 9.9})
+    write_json(root / "settings" / "rollout.json", {"seed": 3, "critic.lr": 0.1, "model": None})
+    report.write(root, root / "report.html", defaults={"seed": 0, "critic.lr": 0.1, "model": ""})
+    page = (root / "report.html").read_text(encoding="utf-8")
+    assert "<dt>stages</dt><dd>base, rollout</dd>" in page and "60 seconds in all" in page
+    assert "<dt>command</dt><dd>python sweet.py --seed 3</dd>" in page and "<dt>commit</dt><dd>abc1234</dd>" in page
+    changed = page.split("Settings that differ from the defaults")[1].split("</dl>")[0]
+    assert re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", changed) == [("seed", "3 <span>(default 0)</span>")]
+
+
+def test_where_git_knows_nothing(tmp_path):
+    assert commit(tmp_path) == "unknown"
+    assert set(provenance()) == {"command", "commit", "date", "machine", "versions"}
+
+
+def test_the_readmes_pictures_are_drawn_from_the_committed_numbers(tmp_path):
+    docs = Path(report.__file__).parent / "docs"
+    for name in ("table.json", "candidates.json"):
+        shutil.copy(docs / name, tmp_path)
+    report.draw_docs(tmp_path)
+    for name in ("results.svg", "candidates.svg"):
+        drawn = (tmp_path / name).read_text(encoding="utf-8")
+        assert drawn == (docs / name).read_text(encoding="utf-8") and "prefers-color-scheme:dark" in drawn
+        ElementTree.fromstring(drawn)
+    table = report.read_json(docs / "table.json")
+    for method, ways in table["methods"].items():  # as in the README's table
+        row = next(
+            r
+            for r in (docs.parent / "README.md").read_text(encoding="utf-8").splitlines()
+            if r.startswith(f"| {method} |")
+        )
+        assert [report.bracketed(found) for found in ways] == [cell.strip() for cell in row.split("|")[2:4]]
 
 
 def test_initial_policy_from_elsewhere(whole_run, page, tmp_path):
@@ -270,11 +515,12 @@ def test_initial_policy_from_elsewhere(whole_run, page, tmp_path):
     shutil.move(root / "base", tmp_path / "mine")
     report.write(root, tmp_path / "out.html")
     without = (tmp_path / "out.html").read_text(encoding="utf-8")
-    assert "<b>" not in without and "initial policy, for the advantages, is not there" in without
+    assert 'title="advantage' not in without and "Turns are not judged: base/ is not there." in without
     write_json(root / "settings" / "critic.json", {"model": str(tmp_path / "mine")})
     report.write(root, tmp_path / "out.html")
     numbers = re.findall(r"<b>.*?</b>", page)
     assert re.findall(r"<b>.*?</b>", (tmp_path / "out.html").read_text(encoding="utf-8")) == numbers and numbers
+    assert all("better than" in text or "nothing else" in text for text in numbers)
 
 
 def test_a_run_without_c_alone(whole_run, tmp_path):
@@ -286,9 +532,10 @@ def test_a_run_without_c_alone(whole_run, tmp_path):
     write_json(own / "settings" / "critic.json", {"critic.reference": False, "seed": 7})
     report.write(root, own / "report.html")
     page = (own / "report.html").read_text(encoding="utf-8")
-    assert page.count("<article>") == 3 and page.count("SWEET without c: ") == 3 and page.count("<b>") >= 6
+    assert page.count("<article") == 3 and page.count("SWEET without c: ") == 3 and page.count("<b>") >= 6
     assert "critic: loss, 40 steps" in page and "actor: loss, 30 steps" in page and "seed = 7" in page
-    assert re.findall(r"python sweet.py (\w+)</code>", page) == ["credit", "multiturn", "rft"]
+    assert re.findall(r"python sweet.py (\w+)</code>", page) == ["candidates", "credit"]
+    assert "rft: not trained here" in page and "multiturn: not trained here" in page
 
 
 def test_all_tasks_alike_is_not_certainty(tmp_path):
@@ -302,12 +549,14 @@ def test_missing_files_name_their_stage(tmp_path):
     assert "python sweet.py eval" in report.results_table([tmp_path / "run"])
     report.write(tmp_path / "run", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    for stage in ("eval", "credit", "critic", "actor", "multiturn", "rft", "base"):
+    for stage in ("eval", "candidates", "credit"):
         assert f"python sweet.py {stage}</code>" in page
-    assert "<svg" not in page and "<article>" not in page
+    assert "<svg" not in page and "<article" not in page
 
 
 def test_training_that_blew_up_is_still_drawn(tmp_path):
-    write_json(tmp_path / "rft" / "log.json", [{"loss": float("nan")}, {"loss": float("inf")}, {"loss": 1.0}])
+    log = [{"loss": float("nan")}, {"loss": float("inf")}, {"loss": 1.0}, {"loss": 0.5}]
+    write_json(tmp_path / "rft" / "log.json", log)
     report.write(tmp_path, tmp_path / "report.html")
-    assert "<polyline" in Path(tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Path(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "rft: loss, 4 steps" in page and "rft: 2 of 4 steps had a loss that is not finite" in page

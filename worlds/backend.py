@@ -315,6 +315,16 @@ def _demonstrate(rng, topic, values, dialogue, turn, reads):
 
 # ------------------------------------------------------------------ in the report
 
+TURN = ("question", "useful", "useless")  # what a turn before the answer is called, a good one, a bad one
+KNOWN = "Steps that matter and are known"
+
+
+def known_share(task, messages):
+    """The share of what matters that the human has said so far; None for a task that is not of this world."""
+    steps = read_function(task.ground_truth)
+    return len(steps.keys() & known_steps(messages).keys()) / len(steps) if steps else None
+
+
 def headers(settings):
     """What the two figures of `figures` are called."""
     return "success", "tests passed"

@@ -272,6 +272,17 @@ def judge(task, dialogue, action):
     return ("question" if page_source(action) else "other"), wrong <= 2
 
 
+TURN = ("draft", "close", "distant")  # what a turn before the answer is called, a good one, a bad one
+KNOWN = "Parts of the last draft that are as wished"
+
+
+def known_share(task, messages):
+    """The share of slots that the last draft has right; None where there is none, or on pages not of this world."""
+    drafts = [page_source(message["content"]) for message in messages if message["role"] == "assistant"]
+    page, wish = (read_page(source) for source in (drafts[-1] if drafts else "", task.ground_truth))
+    return sum(a == b for a, b in zip(page, wish)) / len(wish) if page and wish else None
+
+
 # ------------------------------------------------------------------ the base policy
 
 def phrases():
