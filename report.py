@@ -47,6 +47,7 @@ CREDIT = (
 )
 OFFLINE = "initial policy, offline"  # the "method" of dialogues that were only rolled out
 PAGE = Path(__file__).resolve().parent / "machinery" / "page"
+FEW = 30  # held-out tasks: on fewer, percentile intervals promise too much
 FULL = 0.3  # nats a token from the middle candidate: from here on a turn has its full colour
 
 
@@ -304,10 +305,14 @@ def sign_of(lead_R):
     return int(np.sign(low)) if low * high > 0 and low < high else 0
 
 
-def sentences(means, figure, order):
-    """What the intervals of the differences say, and what they leave open: a list of sentences. order: {method: the
-    paper's figure, or None}."""
+def sentences(means, n, figure, order):
+    """What the intervals of the differences say, and what they leave open: a list of sentences. n: tasks; order:
+    {method: the paper's figure, or None}."""
     methods, ways = ([*dict.fromkeys(names)] for names in zip(*means))
+    if n < FEW or len(methods) < 2:
+        return [
+            f"Too little to say what was found: {len(methods)} methods, {n} held-out tasks."
+        ]
     subject = "SWEET" if "SWEET" in methods else methods[-1]
     groups = {}
     for other in methods:
@@ -375,7 +380,7 @@ def first_screen(run, found):
         title, rows, list(map(decoding, ways)), f"{figure}, %", "paper (8B)"
     )
     return {
-        "sentences": sentences(means, figure, order),
+        "sentences": sentences(means, sum(sizes), figure, order),
         "chart": chart,
         "tables": results_tables([run.root], run.world, means, sizes),
     }
@@ -547,7 +552,8 @@ def ranked(state, world):
         noun, good, bad = words_of(world, candidate.get("kind"))
         rows.append(
             {
-                "text": world.brief(text),
+                "text": world.brief(text).strip() or "(no words)",
+                "source": text,
                 "count": count,
                 "advantage": candidate["advantage"],
                 "untrained": (candidate["ref_sum"] - without_c) / len(candidate["output_ids"])
@@ -929,10 +935,15 @@ def provenance_section(run, defaults):
     for label, folder in FOLDERS.items():
         mark = "" if label == "with c" else " (without c)"
         for stage, origin in read_json(run.root / folder / "made.json", {}).items():
-            made.setdefault(tuple(origin.items()), []).append(stage + mark)
+            same = tuple((key, text) for key, text in origin.items() if key != "date")
+            made.setdefault(same, []).append((origin.get("date", "unknown"), stage + mark))
         for stage, seconds in read_json(run.root / folder / "seconds.json", {}).items():
             spent[stage + mark] = seconds
-    origins = [{"stages": ", ".join(stages), **dict(origin)} for origin, stages in made.items()]
+    origins = []
+    for same, stages in made.items():
+        dates, names = zip(*stages)
+        span = " to ".join(dict.fromkeys([min(dates), max(dates)]))
+        origins.append({"stages": ", ".join(names), "date": span, **dict(same)})
     chart = charts.durations("Seconds of each stage", spent) if len(spent) > 1 else ""
     defaults = defaults or {}
     rows = [

@@ -346,7 +346,10 @@ def stage_credit(run):
 
 
 def stage_report(run):
-    report.write(run.root, run.path("report.html"), world=run.world, machine=run.machine, defaults=run.record.defaults)
+    plain = copy.copy(run.options)
+    plain.smoke, plain.preset = False, "small"
+    defaults = flat(settings_of(plain, flags=False), task="backend", seed=0)
+    report.write(run.root, run.path("report.html"), world=run.world, machine=run.machine, defaults=defaults)
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,7 @@ def ranking(title, names, scores, classes, half, second, label, width=WIDTH):
         axes.axhline(half - 0.5, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         name_rows(axes, names)
         axes.margins(x=0.08)
+        axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel(label)
         legend_above(axes)
 
@@ -275,6 +276,7 @@ def training(title, lines):
         axes.set_ylim(low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6)
         axes.set_title(title)
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if len(lines) > 1:
             axes.legend()
 

@@ -405,13 +405,15 @@ def intervals_of(**lead):
 
 def test_the_finding_is_what_the_intervals_say():
     means = intervals_of(base=(20, 0), RFT=(39.5, 0), SWEET=(40, 1))
-    text = report.sentences(means, "success", {"base": 1.0, "RFT": 2.0, "SWEET": 3.0})
+    text = report.sentences(means, 90, "success", {"base": 1.0, "RFT": 2.0, "SWEET": 3.0})
     assert text[0] == "Found: SWEET has more success than base at T=1."
     assert text[1] == "Not found: a difference between SWEET and RFT at T=1."
     assert "SWEET > RFT > base, 1 of 3 comparisons hold here" in text[2] and "open: " in text[2]
-    worse = report.sentences(intervals_of(base=(20, 0), SWEET=(10, 1)), "success", {"base": 1.0, "SWEET": None})
+    worse = report.sentences(intervals_of(base=(20, 0), SWEET=(10, 1)), 90, "success", {"base": 1.0, "SWEET": None})
     assert worse == ["Found: SWEET has less success than base at T=1."]
-    alike = report.sentences(intervals_of(base=(0, 0), SWEET=(100, 0)), "success", {"base": 1.0, "SWEET": None})
+    alike = report.sentences(intervals_of(base=(0, 0), SWEET=(100, 0)), 90, "success", {"base": 1.0, "SWEET": None})
+    few = report.sentences(means, 3, "success", {})
+    assert few == ["Too little to say what was found: 3 methods, 3 held-out tasks."]
     assert alike == ["Not found: a difference between SWEET and base at T=1."]  # one or two tasks tell nothing
 
 
@@ -474,12 +476,13 @@ def test_provenance(whole_run, tmp_path):
         "machine": "m",
         "versions": "v",
     }
-    write_json(root / "made.json", {"base": origin, "rollout": origin})
+    write_json(root / "made.json", {"base": origin, "rollout": {**origin, "date": "tomorrow"}})
     write_json(root / "seconds.json", {"base": 50.2, "rollout": 9.9})
     write_json(root / "settings" / "rollout.json", {"seed": 3, "critic.lr": 0.1, "model": None})
     report.write(root, root / "report.html", defaults={"seed": 0, "critic.lr": 0.1, "model": ""})
     page = (root / "report.html").read_text(encoding="utf-8")
-    assert "<dt>stages</dt><dd>base, rollout</dd>" in page and "60 seconds in all" in page
+    assert "<dt>stages</dt><dd>base, rollout</dd>" in page and "<dd>today to tomorrow</dd>" in page
+    assert "60 seconds in all" in page
     assert "<dt>command</dt><dd>python sweet.py --seed 3</dd>" in page and "<dt>commit</dt><dd>abc1234</dd>" in page
     changed = page.split("Settings that differ from the defaults")[1].split("</dl>")[0]
     assert re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", changed) == [("seed", "3 <span>(default 0)</span>")]

@@ -277,10 +277,13 @@ KNOWN = "Parts of the last draft that are as wished"
 
 
 def known_share(task, messages):
-    """The share of slots that the last draft has right; None where there is none, or on pages not of this world."""
+    """The share of slots that the last draft has right; None before the first, and for a task that is not of this
+    world."""
     drafts = [page_source(message["content"]) for message in messages if message["role"] == "assistant"]
-    page, wish = (read_page(source) for source in (drafts[-1] if drafts else "", task.ground_truth))
-    return sum(a == b for a, b in zip(page, wish)) / len(wish) if page and wish else None
+    wish = read_page(task.ground_truth)
+    if not drafts or not wish:
+        return None
+    return sum(a == b for a, b in zip(read_page(drafts[-1]) or (), wish)) / len(wish)
 
 
 # ------------------------------------------------------------------ the base policy
