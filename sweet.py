@@ -47,9 +47,9 @@ import report
 from env import ANSWER_MARKER, DialogueEnv
 from env import load_tasks, read_trajectories, render
 from machinery import schema
-from machinery.files import InputError, JsonlWriter, forgive, put_text, read_json, write_groups, write_json
+from machinery.files import InputError, JsonlWriter, forgive, put_text, write_groups, write_json, write_lines
 from machinery.flags import make_parser, read_settings
-from machinery.provenance import provenance
+from machinery.provenance import remember
 from machinery.reasons import why_no_pair, why_no_success, why_no_turn_pair
 from machinery.seeds import run_seeds
 from machinery.server import Server
@@ -338,9 +338,7 @@ def stage_credit(run):
     actor.play_on(model, tokenizer, valued, human, cfg.monte_carlo_rollouts, play, run.seed, run.grade)
     critic.rank(*run.model("critic"), states, run.settings["critic"])
     critic.label(states, run.world.judge, run.grade)
-    writer = JsonlWriter(run.path("credit.jsonl"), 10 ** 9)
-    writer.write(states)
-    writer.close()
+    write_lines(run.path("credit.jsonl"), states)
     write_json(run.path("credit.json"), {**critic.agreement_with_labels(states),
                                          "monte_carlo": critic.agreement_with_monte_carlo(valued)})
 
@@ -398,10 +396,9 @@ def run_stage(run, name):
         return
     start, run.options.running = time.monotonic(), name
     stage.work(run)
-    run.options.running, file = "", output.parent / "seconds.json"
+    run.options.running = ""
     if name != "report":
-        write_json(file, {**read_json(file, {}), name: round(time.monotonic() - start, 1)})
-        write_json(output.parent / "made.json", {**read_json(output.parent / "made.json", {}), name: provenance()})
+        remember(output.parent, name, time.monotonic() - start)
 
 
 # ------------------------------------------------------------------ play and table

@@ -181,6 +181,11 @@ class JsonlWriter:
         put(self.partial, self.path)
 
 
+def write_lines(path, records):
+    """Write a JSON-lines file, whole or not at all."""
+    put_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
 def write_groups(path, items, size, make, label):
     """Write make(items[i:i + size], i), one record an item, group by group, with a bar; goes on at a whole group.
 
