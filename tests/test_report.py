@@ -273,7 +273,7 @@ def test_page_holds_every_section(page):
     assert re.findall(r"<h2>(.*?)</h2>", page) == titles
     names = re.findall(r'aria-label="(.*?)"', page)
     assert names[0] == "success by method, with 95 % intervals" and len(names) == page.count("<svg") == 12
-    assert page.count("<article") == 6 * 5  # six tasks by five methods
+    assert page.count("<article>") == 6 * 5  # six tasks by five methods
     first = page.split('<div class="task">')[1]
     assert "<h4>base: failure</h4>" in first and "<h4>SWEET: success</h4>" in first
     assert "passes 3 of" in page and "passes 0 of" in page
@@ -307,7 +307,7 @@ def test_advantages_are_the_critics(page, whole_run):
             if turn:
                 found.setdefault(turn, []).append(logprobs[t - 1, ids[t]].item())
         means.append({turn: np.mean(values) for turn, values in found.items()})
-    article = page.split('<article class="method-3')[1]
+    article = page.split('<div class="one method-3')[1]
     expected = [means[0][turn] - means[1][turn] for turn in (1, 2)]
     shown = re.findall(r'title="advantage ([+-][\d.]+) nats', article.split("</article>")[0])
     assert [float(x) for x in shown] == pytest.approx(expected, abs=0.006)
@@ -455,7 +455,7 @@ def test_rollouts_alone(tmp_path):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     cells = re.findall(r"<td>(.*?)</td>", page.split("Offline dialogues")[1])[:6]
     assert cells == ["4", "2", "2.00", "75 %", "25.0", "37.5"]
-    assert page.count("<article") == 2 and "Turns are not judged: base/ is not there." in page
+    assert page.count("<article>") == 2 and "Turns are not judged: base/ is not there." in page
 
 
 def test_the_words_are_the_worlds(tmp_path):
@@ -535,7 +535,7 @@ def test_a_run_without_c_alone(whole_run, tmp_path):
     write_json(own / "settings" / "critic.json", {"critic.reference": False, "seed": 7})
     report.write(root, own / "report.html")
     page = (own / "report.html").read_text(encoding="utf-8")
-    assert page.count("<article") == 3 and page.count("SWEET without c: ") == 3 and page.count("<b>") >= 6
+    assert page.count("<article>") == 3 and page.count("SWEET without c: ") == 3 and page.count("<b>") >= 6
     assert "critic: loss, 40 steps" in page and "actor: loss, 30 steps" in page and "seed = 7" in page
     assert re.findall(r"python sweet.py (\w+)</code>", page) == ["candidates", "credit"]
     assert "rft: not trained here" in page and "multiturn: not trained here" in page
@@ -554,7 +554,7 @@ def test_missing_files_name_their_stage(tmp_path):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     for stage in ("eval", "candidates", "credit"):
         assert f"python sweet.py {stage}</code>" in page
-    assert "<svg" not in page and "<article" not in page
+    assert "<svg" not in page and "<article>" not in page
 
 
 def test_training_that_blew_up_is_still_drawn(tmp_path):
