@@ -279,6 +279,13 @@ def test_page_holds_every_section(page):
     assert "passes 3 of" in page and "passes 0 of" in page
 
 
+def test_the_picker_knows_every_method(page):
+    for k, method in enumerate(report.METHODS):
+        assert f'id="method-{k}">{method}</label>' in page
+        for end in ("won", "lost"):
+            assert f"#method-{k}:checked):has(#end-{end}:checked) .task:not(:has(.method-{k}.{end}))" in page
+
+
 def test_charts_are_xml_in_the_colours_of_the_page(page):
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ElementTree.fromstring(svg)
@@ -420,6 +427,11 @@ def test_the_finding_is_what_the_intervals_say():
 def text_of(path):
     seen = Tags(re.sub(r"<style>.*?</style>", "", path.read_text(encoding="utf-8"), flags=re.DOTALL))
     return seen.text
+
+
+def test_numbers_without_riddles():
+    shown = [report.number(*some) for some in ((-0.04, 1, "+"), (-0.004, 2), (float("nan"),), (None,), (-0.06, 1))]
+    assert shown == ["+0.0", "0.00", "-", "-", "-0.1"]
 
 
 def test_nothing_misleads_on_odd_runs(tmp_path):
