@@ -315,8 +315,14 @@ def stage_eval(run):
         played = actor.play_tasks(*loaded[method], [tasks[i] for _, _, i in part], run.human(),
                                   [(run.seed, "eval", i) for _, _, i in part], run.settings["rollout"], top_p=top_p,
                                   **run.rules)
-        return [{"method": names[method], "top_p": top_p, **t, "dialogue_history": actor.bare(t["dialogue_history"])}
-                for t in played]
+        records = []
+        for trajectory in played:
+            if trajectory is None:  # the human left
+                records.append(None)
+                continue
+            history = actor.bare(trajectory["dialogue_history"])
+            records.append({"method": names[method], "top_p": top_p, **trajectory, "dialogue_history": history})
+        return records
     write_groups(run.path("eval.jsonl"), todo, len(tasks), group, "eval")
 
 
@@ -327,7 +333,10 @@ def stage_credit(run):
     actor.check_tasks(model, tokenizer, tasks, play)
     states = []
     keys = [(run.seed, "credit", i) for i in range(len(tasks))]
-    for trajectory in actor.play_tasks(model, tokenizer, tasks, human, keys, play, **run.rules):
+    played = actor.play_tasks(model, tokenizer, tasks, human, keys, play, **run.rules)
+    if None in played:
+        raise InputError("the human left; the same command starts this stage again")
+    for trajectory in played:
         turns = range(1, len(trajectory["dialogue_history"]), 2)
         turn = turns[-1] if len(states) % 2 else rng.choice(turns)  # half of them where answers are given
         states.append({"task": trajectory["task"], "messages": actor.bare(trajectory["dialogue_history"][:turn])})

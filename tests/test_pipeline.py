@@ -289,3 +289,33 @@ def test_a_full_disk_is_one_line(finished, tmp_path):
     finally:
         time.sleep(0.1)
         subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize("stage, left", [("eval", "eval.jsonl"), ("credit", "credit.json")])
+def test_a_human_who_leaves_in_an_evaluation_can_come_back(finished, tmp_path, monkeypatch, stage, left):
+    """One line, and what is finished is kept; when the human is back, the file is what it would have been."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    whole = [json.loads(line) for line in (run / left).read_text().splitlines()] if stage == "eval" else None
+    (run / left).unlink()
+    there = program.backend.human
+
+    class Leaving:
+        """Answers the first call, and then nobody."""
+        def __init__(self, *how):
+            self.human, self.calls = there(*how), 0
+
+        def reply(self, tasks, dialogues):
+            self.calls += 1
+            replies = self.human.reply(tasks, dialogues)
+            return replies if self.calls == 1 else [None] * len(replies)
+    monkeypatch.setattr(program.backend, "human", Leaving)
+    with pytest.raises(SystemExit) as end:
+        program.main([stage, "--run", str(run), *TINY])
+    line = str(end.value)
+    assert "\n" not in line and "same command" in line and not (run / left).exists()
+    monkeypatch.setattr(program.backend, "human", there)
+    program.main([stage, "--run", str(run), *TINY])
+    assert (run / left).exists()
+    if whole:
+        assert [json.loads(line) for line in (run / left).read_text().splitlines()] == whole
