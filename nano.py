@@ -19,8 +19,7 @@ o_t is the dialogue so far, a_t the agent's turn of L tokens, c the reference so
 pair, - the worse. pi_ref is the model before training. A is divided by L because a sum of log-probs grows with the
 number of tokens: without it the longest turn, the answer, would speak for the whole dialogue.
 
-What the other files add: real models, other humans and tasks, baselines, exact resume, shared prefixes, a report. The
-equations are the same, and a test holds the functions of this file equal to theirs.
+The other files add real models, other humans, baselines and speed; a test holds these functions equal to theirs.
 Shapes: B sequences, T tokens, K turns, V vocabulary. An "example" is (input_ids, turn_ids), two lists of one length:
 turn_ids is k on the tokens of the agent's k-th turn and 0 on all that the agent only reads.
 """
@@ -36,244 +35,253 @@ from env import DialogueEnv, end_of_turn, grade, render
 from worlds import backend as world  # procedural tasks, a scripted human, a demonstrator to imitate
 
 seed = 0
-n_documents, base_lr, base_batch, base_epochs = 16000, 6e-3, 24, 2       # the initial policy imitates these dialogues
-n_tasks, dialogues_per_task, max_tokens = 120, 8, 48                     # offline dialogues; tokens of a turn at most
-pairs_per_task, pairs_per_state = 16, 2                                  # at most: pairs of dialogues, pairs of turns
-n_states, n_candidates = 1600, 16                                        # where turns are sampled, and how many
+n_test = 200
+n_documents, base_lr, base_batch, base_epochs = 16000, 6e-3, 24, 2  # what the initial policy imitates
+n_tasks, dialogues_per_task, max_tokens = 120, 8, 48                # offline dialogues; tokens of a turn at most
+pairs_per_task, pairs_per_state = 16, 2                             # at most: pairs of dialogues, pairs of turns
+n_states, n_candidates = 1600, 16                                   # where turns are sampled, and how many
 critic_lr, critic_beta, critic_nll, critic_batch, critic_epochs = 1e-3, 1.0, 0.1, 8, 3
 actor_lr, actor_beta, actor_nll, actor_batch, actor_epochs = 1e-3, 1.0, 1.0, 16, 4
-n_test = 200                                                             # held-out tasks
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# log-probs: the one number that critic and actor are made of
 
 def turn_logprobs(model, examples):
     """log pi(a_t | o_t) of every agent turn: sums_BK (nats) and lengths_BK (tokens), both 0 where a turn is absent."""
-    B, T = len(examples), max(len(input_ids) for input_ids, _ in examples)
+    B = len(examples)
+    T = max(len(input_ids) for input_ids, _ in examples)
     ids_BT = torch.zeros(B, T, dtype=torch.long)  # padded on the right: no real token sees what comes after it
     turns_BT = torch.zeros(B, T, dtype=torch.long)
     for b, (input_ids, turn_ids) in enumerate(examples):
         ids_BT[b, :len(input_ids)] = torch.tensor(input_ids)
         turns_BT[b, :len(turn_ids)] = torch.tensor(turn_ids)
     logits_BTV = model(input_ids=ids_BT).logits[:, :-1]  # position t predicts token t + 1
-    logprobs_BT = logits_BTV.log_softmax(-1).gather(-1, ids_BT[:, 1:, None]).squeeze(-1)
-    K = int(turns_BT.max())
-    in_turn_BTK = turns_BT[:, 1:, None] == torch.arange(1, K + 1)  # is this token one of turn k?
-    sums_BK = (logprobs_BT[:, :, None] * in_turn_BTK).sum(1)
+    targets_BT = ids_BT[:, 1:]
+    logprobs_BTV = logits_BTV.log_softmax(-1)
+    logprobs_BT = logprobs_BTV.gather(-1, targets_BT[..., None]).squeeze(-1)
+    turn_K = torch.arange(1, int(turns_BT.max()) + 1)
+    in_turn_BTK = turns_BT[:, 1:, None] == turn_K  # is this token one of turn k?
+    sums_BK = (logprobs_BT[..., None] * in_turn_BTK).sum(1)
     return sums_BK, in_turn_BTK.sum(1)
-
 
 @torch.no_grad()
 def reference_logprobs(model, examples, batch_size=128):
     """The sums of `turn_logprobs` without gradient: a list of K numbers for each example."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))  # of like length: little padding
+    lengths = [len(input_ids) for input_ids, _ in examples]
+    order = sorted(range(len(examples)), key=lengths.__getitem__)  # of like length: little padding
     sums = [None] * len(examples)
     for start in range(0, len(order), batch_size):
         batch = order[start:start + batch_size]
         sums_BK, _ = turn_logprobs(model, [examples[i] for i in batch])
         for i, row in zip(batch, sums_BK.tolist()):
-            sums[i] = row[:max(examples[i][1])]
+            n_turns = max(examples[i][1])
+            sums[i] = row[:n_turns]
     return sums
-
 
 def add_reference(model, pairs):
     """Note pi_ref's log-probs beside each pair. The model before its first step is pi_ref: no second one is needed."""
     for side in ("chosen", "rejected"):
-        for pair, sums in zip(pairs, reference_logprobs(model, [pair[side] for pair in pairs])):
+        found = reference_logprobs(model, [pair[side] for pair in pairs])
+        for pair, sums in zip(pairs, found):
             pair["ref_" + side] = sums
-
 
 def both_sides(model, pairs):
     """Log-probs of a batch of pairs, under the model and under pi_ref. Rows: all chosen ones, then all rejected."""
-    sums_BK, lengths_BK = turn_logprobs(model, [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs])
-    ref_BK = torch.zeros_like(sums_BK, requires_grad=False)
-    for b, row in enumerate([p["ref_chosen"] for p in pairs] + [p["ref_rejected"] for p in pairs]):
+    examples = [p["chosen"] for p in pairs] + [p["rejected"] for p in pairs]
+    reference = [p["ref_chosen"] for p in pairs] + [p["ref_rejected"] for p in pairs]
+    sums_BK, lengths_BK = turn_logprobs(model, examples)
+    ref_BK = torch.zeros_like(sums_BK)
+    for b, row in enumerate(reference):
         ref_BK[b, :len(row)] = torch.tensor(row, dtype=ref_BK.dtype)
     return sums_BK, ref_BK, lengths_BK
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the two losses
 
 def turn_advantages(sums_BK, ref_sums_BK, lengths_BK):
     """Eq. 3: how much more likely the critic makes each turn than pi_ref does, per token. 0 where a turn is absent."""
     return (sums_BK - ref_sums_BK) / lengths_BK.clamp(min=1)
 
+def preference(score_B, beta):
+    """-log sigmoid of how much better the chosen half of the rows is than the rejected half."""
+    chosen, rejected = score_B.chunk(2)
+    return -F.logsigmoid(beta * (chosen - rejected)).mean()
+
+def likelihood(sums_BK, lengths_BK):
+    """Mean log-prob of the chosen tokens: a little of it keeps what the model could do."""
+    chosen_BK, _ = sums_BK.chunk(2)
+    tokens_BK, _ = lengths_BK.chunk(2)
+    return chosen_BK.sum() / tokens_BK.sum()
 
 def critic_loss(model, pairs, beta=critic_beta, nll=critic_nll):
-    """Eq. 2 on pairs of whole dialogues, and a little likelihood of the better one."""
+    """Eq. 2, on pairs of whole dialogues: the better one has the larger sum of advantages."""
     sums_BK, ref_BK, lengths_BK = both_sides(model, pairs)
-    score_B = turn_advantages(sums_BK, ref_BK, lengths_BK).sum(-1)
-    n = len(pairs)
-    preference = -F.logsigmoid(beta * (score_B[:n] - score_B[n:])).mean()
-    return preference - nll * sums_BK[:n].sum() / lengths_BK[:n].sum()
-
+    advantages_BK = turn_advantages(sums_BK, ref_BK, lengths_BK)
+    return preference(advantages_BK.sum(-1), beta) - nll * likelihood(sums_BK, lengths_BK)
 
 def actor_loss(model, pairs, beta=actor_beta, nll=actor_nll):
-    """Eq. 4 on pairs of single turns, and the likelihood of the better one, which keeps what the model could do."""
+    """Eq. 4, on pairs of single turns: log-probs are summed over the turn."""
     sums_BK, ref_BK, lengths_BK = both_sides(model, pairs)
-    ratio_B = (sums_BK - ref_BK).sum(-1)
-    n = len(pairs)
-    preference = -F.logsigmoid(beta * (ratio_B[:n] - ratio_B[n:])).mean()
-    return preference - nll * sums_BK[:n].sum() / lengths_BK[:n].sum()
-
+    ratio_BK = sums_BK - ref_BK
+    return preference(ratio_BK.sum(-1), beta) - nll * likelihood(sums_BK, lengths_BK)
 
 def imitation_loss(model, examples):
     """Minus the mean log-prob of the demonstrator's tokens."""
     sums_BK, lengths_BK = turn_logprobs(model, examples)
     return -sums_BK.sum() / lengths_BK.sum()
 
-
 def train(model, examples, loss_fn, lr, batch_size, epochs, rng):
     """AdamW; the learning rate rises over the first twentieth of the steps and then falls to 0."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    order = list(range(len(examples)))
     batches = []
     for _ in range(epochs):
-        order = list(range(len(examples)))
         rng.shuffle(order)
-        batches += [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+        for start in range(0, len(order), batch_size):
+            batches.append(order[start:start + batch_size])
+    warm = 0.05 * len(batches)
     for step, batch in enumerate(batches):
-        share = step / len(batches)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min((share + 1 / len(batches)) / 0.05, (1 - share) / 0.95)
+        rising = (step + 1) / warm
+        falling = (len(batches) - step) / (len(batches) - warm)
+        optimizer.param_groups[0]["lr"] = lr * min(rising, falling)
         optimizer.zero_grad()
-        loss_fn(model, [examples[i] for i in batch]).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss = loss_fn(model, [examples[i] for i in batch])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# dialogues
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts):
     """One turn for each prompt: lists of token ids that end with the end-of-turn token (or were cut off)."""
-    T, end = max(len(prompt) for prompt in prompts), end_of_turn(tokenizer)
-    ids_BT = torch.tensor([[end] * (T - len(prompt)) + prompt for prompt in prompts])  # generate pads on the left
-    mask_BT = torch.tensor([[0] * (T - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, do_sample=True, top_k=0, top_p=1.0,
-                            max_new_tokens=max_tokens, eos_token_id=end, pad_token_id=end)
+    end = end_of_turn(tokenizer)
+    T = max(len(prompt) for prompt in prompts)
+    ids, mask = [], []
+    for prompt in prompts:
+        padding = T - len(prompt)  # on the left, as `generate` wants it
+        ids.append([end] * padding + prompt)
+        mask.append([0] * padding + [1] * len(prompt))
+    out_BT = model.generate(
+        input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask),
+        do_sample=True, top_k=0, top_p=1.0,
+        max_new_tokens=max_tokens, eos_token_id=end, pad_token_id=end)
     turns = []
     for row in out_BT[:, T:].tolist():
         length = row.index(end) + 1 if end in row else len(row)
         turns.append(row[:length])
     return turns
 
-
 def play(model, tokenizer, tasks, rng):
-    """Play one dialogue on each task to its end: [{"task", "messages", "reward"}]."""
+    """Play one dialogue on each task to its end: (environments, rewards)."""
     envs = [DialogueEnv(world.MAX_TURNS) for _ in tasks]
     for env, task in zip(envs, tasks):
         env.reset(task)
     live = envs
     while live:
-        turns = sample(model, tokenizer, [render(tokenizer, env.messages)[0] for env in live])
-        for env, turn in zip(live, turns):
-            env.step(tokenizer.decode(turn, skip_special_tokens=True), output_ids=turn)  # the agent asks or answers
+        prompts = [render(tokenizer, env.messages)[0] for env in live]
+        for env, turn in zip(live, sample(model, tokenizer, prompts)):
+            text = tokenizer.decode(turn, skip_special_tokens=True)
+            env.step(text, output_ids=turn)                          # the agent asks or answers
         live = [env for env in live if env.answer is None]
         for env in live:
-            env.observe(world.respond(env.task, env.messages, rng))                      # the human replies
-    rewards = grade([env.answer for env in envs], tasks)                                 # run the tests
-    return [{"task": env.task, "messages": env.messages, "reward": r} for env, r in zip(envs, rewards)]
+            reply = world.respond(env.task, env.messages, rng)
+            env.observe(reply)                                       # the human replies
+    return envs, grade([env.answer for env in envs], tasks)          # run the tests
 
-
-def dialogue_pairs(tokenizer, dialogues, rng):
+def dialogue_pairs(tokenizer, dialogues, rewards, rng):
     """Success against failure on the same task, both as the critic reads them: with c in front."""
     by_task = {}
-    for dialogue in dialogues:
-        by_task.setdefault(dialogue["task"].ground_truth, []).append(dialogue)
+    for env, reward in zip(dialogues, rewards):
+        won, lost = by_task.setdefault(env.task.ground_truth, ([], []))
+        (won if reward == 1.0 else lost).append(env.messages)
     pairs = []
-    for reference, group in by_task.items():
-        won = [d["messages"] for d in group if d["reward"] == 1.0]
-        lost = [d["messages"] for d in group if d["reward"] < 1.0]
+    for reference, (won, lost) in by_task.items():
         found = [(better, worse) for better in won for worse in lost]
         for better, worse in rng.sample(found, min(pairs_per_task, len(found))):
-            pairs.append({"chosen": render(tokenizer, better, reference),
-                          "rejected": render(tokenizer, worse, reference)})
+            chosen = render(tokenizer, better, reference)
+            rejected = render(tokenizer, worse, reference)
+            pairs.append({"chosen": chosen, "rejected": rejected})
     return pairs
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# candidate turns, ranked
 
 def one_turn(prompt, turn):
     """The example in which only these tokens are the agent's."""
     return prompt + turn, [0] * len(prompt) + [1] * len(turn)
 
-
-def candidates_of(base, tokenizer, states):
+def sample_candidates(base, tokenizer, states):
     """Sample turns at each state, [{"prompt", "with_c", "turns", "counts"}]: each different turn once."""
     groups = []
-    for start in range(0, len(states), 32):
-        part = states[start:start + 32]
-        prompts = [render(tokenizer, messages)[0] for _, messages in part]               # what the actor sees
-        sampled = sample(base, tokenizer, [prompt for prompt in prompts for _ in range(n_candidates)])
-        for i, (reference, messages) in enumerate(part):
-            mine = Counter(tuple(turn) for turn in sampled[i * n_candidates:(i + 1) * n_candidates])
-            groups.append({"prompt": prompts[i], "with_c": render(tokenizer, messages, reference)[0],
-                           "turns": [list(turn) for turn in mine], "counts": list(mine.values())})
+    for reference, messages in states:
+        prompt, _ = render(tokenizer, messages)                      # what the actor sees
+        with_c, _ = render(tokenizer, messages, reference)           # what the critic sees
+        groups.append({"prompt": prompt, "with_c": with_c})
+    for start in range(0, len(groups), 32):
+        part = groups[start:start + 32]
+        prompts = [group["prompt"] for group in part for _ in range(n_candidates)]
+        turns = iter(sample(base, tokenizer, prompts))
+        for group in part:
+            found = Counter(tuple(next(turns)) for _ in range(n_candidates))
+            group["turns"] = [list(turn) for turn in found]
+            group["counts"] = list(found.values())
     return groups
 
-
 def per_token(model, groups, prompt):
-    """Mean log-prob of a candidate's tokens, for all candidates of all states: what Eq. 3 subtracts."""
+    """Mean log-prob of a candidate's tokens, for all candidates of all states: one side of Eq. 3."""
     examples = [one_turn(group[prompt], turn) for group in groups for turn in group["turns"]]
-    return [row[0] / sum(turn_ids) for row, (_, turn_ids) in zip(reference_logprobs(model, examples), examples)]
-
+    sums = reference_logprobs(model, examples)
+    return [row[0] / sum(turn_ids) for row, (_, turn_ids) in zip(sums, examples)]
 
 def turn_pairs(groups, advantages, rng):
     """At each state: a turn of the better half (of what was sampled) against one of the worse half, without c."""
-    pairs, first = [], 0
+    pairs, advantages = [], iter(advantages)
     for group in groups:
         turns, prompt = group["turns"], group["prompt"]
-        mine = advantages[first:first + len(turns)]
-        first += len(turns)
-        ranked = sorted(range(len(turns)), key=lambda i: -mine[i])
-        samples = [i for i in ranked for _ in range(group["counts"][i])]
-        better, worse = samples[:n_candidates // 2], samples[n_candidates // 2:]
-        found = list(dict.fromkeys((a, b) for a in better for b in worse if mine[a] > mine[b]))
-        for a, b in rng.sample(found, min(pairs_per_state, len(found))):
-            pairs.append({"chosen": one_turn(prompt, turns[a]), "rejected": one_turn(prompt, turns[b])})
+        mine = [next(advantages) for _ in turns]
+        samples = []
+        for i, count in enumerate(group["counts"]):
+            samples += [i] * count
+        samples.sort(key=lambda i: -mine[i])  # noqa: B023, used at once
+        half = len(samples) // 2
+        better, worse = samples[:half], samples[half:]
+        found = dict.fromkeys((a, b) for a in better for b in worse if mine[a] > mine[b])
+        for a, b in rng.sample(list(found), min(pairs_per_state, len(found))):
+            chosen = one_turn(prompt, turns[a])
+            rejected = one_turn(prompt, turns[b])
+            pairs.append({"chosen": chosen, "rejected": rejected})
     return pairs
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 def main():
     started = time.time()
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # another number rounds otherwise
     rng = random.Random(seed)
-    test_tasks = world.make_tasks(n_test, seed, "test")
 
     def say(text):
         print(f"[{time.time() - started:4.0f} s] {text}", flush=True)
 
     def solved(model):
-        return sum(d["reward"] == 1.0 for d in play(model, tokenizer, test_tasks, random.Random(seed))) / n_test
+        tasks = world.make_tasks(n_test, seed, "test")
+        _, rewards = play(model, tokenizer, tasks, random.Random(seed))
+        return f"solves {rewards.count(1.0) / n_test:.1%} of {n_test} held-out tasks"
 
     # 0. the initial policy: a tiny Llama that imitates a clumsy demonstrator (a real model would be loaded here)
     base, tokenizer = world.new_model(world.Base(), seed)
-    documents = [render(tokenizer, messages, reference) for messages, reference in world.documents(n_documents, seed)]
+    documents = [render(tokenizer, *document) for document in world.documents(n_documents, seed)]
     train(base, documents, imitation_loss, base_lr, base_batch, base_epochs, rng)
-    say(f"initial policy: solves {solved(base):.1%} of {n_test} held-out tasks")
+    say(f"initial policy: {solved(base)}")
 
     # 1. offline dialogues, of which only the end is graded
-    tasks = world.make_tasks(n_tasks, seed, "train")
-    dialogues = play(base, tokenizer, [task for task in tasks for _ in range(dialogues_per_task)], rng)
-    say(f"{len(dialogues)} offline dialogues, {sum(d['reward'] == 1.0 for d in dialogues)} of them solved")
+    tasks = world.make_tasks(n_tasks, seed, "train") * dialogues_per_task
+    dialogues, rewards = play(base, tokenizer, tasks, rng)
+    say(f"{len(dialogues)} offline dialogues, {rewards.count(1.0)} of them solved")
 
     # 2. the critic reads c, and learns which dialogues end well
-    pairs = dialogue_pairs(tokenizer, dialogues, rng)
+    pairs = dialogue_pairs(tokenizer, dialogues, rewards, rng)
     add_reference(base, pairs)
     critic = copy.deepcopy(base)
     train(critic, pairs, critic_loss, critic_lr, critic_batch, critic_epochs, rng)
     say(f"critic trained on {len(pairs)} pairs of dialogues")
 
     # 3. sixteen candidates at each state: every turn of every dialogue is a state, and some of them are enough here
-    states = [(d["task"].ground_truth, d["messages"][:t]) for d in dialogues for t in range(1, len(d["messages"]), 2)]
-    groups = candidates_of(base, tokenizer, rng.sample(states, min(n_states, len(states))))
+    states = []
+    for env in dialogues:
+        for turn in range(1, len(env.messages), 2):
+            state = (env.task.ground_truth, env.messages[:turn])
+            states.append(state)
+    groups = sample_candidates(base, tokenizer, rng.sample(states, n_states))
     ref_with_c = per_token(base, groups, "with_c")
     trained = [ours - ref for ours, ref in zip(per_token(critic, groups, "with_c"), ref_with_c)]  # Eq. 3
     # The untrained critic: what the initial model itself makes of c. How much of the result needs Eq. 2 at all?
@@ -286,8 +294,7 @@ def main():
         add_reference(base, pairs)
         actor = copy.deepcopy(base)
         train(actor, pairs, actor_loss, actor_lr, actor_batch, actor_epochs, rng)
-        say(f"{name}: solves {solved(actor):.1%} ({len(pairs)} pairs of turns)")
-
+        say(f"{name}: {solved(actor)} ({len(pairs)} pairs of turns)")
 
 if __name__ == "__main__":
     main()
