@@ -30,7 +30,7 @@ from env import action_tokens, control_tokens, end_of_turn, grade, known_ids, re
 from machinery.files import InputError
 from machinery.schema import outside_state, read_records
 from machinery.train import arg, check_context, fit
-from kernels.logprob import add_reference, agent_tokens, lay_out, turn_logprobs
+from kernels.logprob import add_reference, agent_tokens, lay_out, pair_logprobs, pair_sizes, turn_logprobs
 from kernels.prefix import branches
 
 
@@ -296,26 +296,29 @@ def turn_view(tokenizer, prompt, turn):
 
 def preference_loss(model, pairs, beta, nll, batch=None):
     """DPO on a list of {"chosen", "rejected", "ref_chosen", "ref_rejected"}: the loss, and what to watch. batch: all
-    pairs of the step, where these are a part (nll is the mean over the chosen agent tokens of the step)."""
-    B, tokens = len(pairs), agent_tokens([pair["chosen"] for pair in batch or pairs])
-    sides = [(side, pair) for side in ("chosen", "rejected") for pair in pairs]
-    sums_BK, _ = turn_logprobs(model, lay_out(model, [pair[side] for side, pair in sides]))
-    sums_B, ref_B = sums_BK.sum(-1), sums_BK.new_tensor([sum(pair[f"ref_{side}"]) for side, pair in sides])
+    pairs of the step, where these are a part of it: the likelihood term is a mean over the chosen agent tokens of the
+    whole step."""
+    B = len(pairs)
+    sums_BK, ref_BK, _ = pair_logprobs(model, pairs)  # rows: B chosen ones, then B rejected ones
+    sums_B = sums_BK.sum(-1)
+    ref_B = ref_BK.double().sum(-1).to(sums_B.dtype)
     loss = dpo_loss(sums_B[:B], sums_B[B:], ref_B[:B], ref_B[B:], beta)
+    tokens = agent_tokens([pair["chosen"] for pair in batch or pairs])
     loss = loss - nll * sums_B[:B].sum() / (B * tokens)
-    with torch.no_grad():
-        reward_B = beta * (sums_B - ref_B)
-        metrics = {"accuracy": (reward_B[:B] > reward_B[B:]).float().mean().item(),
-                   "margin": (reward_B[:B] - reward_B[B:]).mean().item()}
-    return loss, metrics
+    reward_B = beta * (sums_B - ref_B).detach()
+    chosen_B, rejected_B = reward_B[:B], reward_B[B:]
+    accuracy = (chosen_B > rejected_B).float().mean().item()
+    return loss, {"accuracy": accuracy, "margin": (chosen_B - rejected_B).mean().item()}
 
 
 def train_preferences(model, examples, out, cfg, seed, save, label):
     """Fit the policy on pairs of views. `model` is the initial policy: its log-probs, pi_ref, are taken before the
     first step."""
     add_reference(model, examples)
-    return fit(model, examples, lambda m, part, batch: preference_loss(m, part, cfg.beta, cfg.nll, batch), out, cfg,
-               seed, save, label=label, sizes=[len(e["chosen"][0]) + len(e["rejected"][0]) for e in examples])
+
+    def loss(model, part, batch):
+        return preference_loss(model, part, cfg.beta, cfg.nll, batch)
+    return fit(model, examples, loss, out, cfg, seed, save, label=label, sizes=pair_sizes(examples))
 
 
 def imitation_loss(model, views, batch=None):

@@ -18,6 +18,7 @@ single mean over the trajectory.
 
 Shapes: B trajectories, K turns.
 """
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,8 @@ import torch.nn.functional as F
 
 from env import ANSWER_MARKER, Task, render
 from machinery.train import arg, check_finite, fit
-from kernels.logprob import add_reference, agent_tokens, lay_out, pad_turns, reference_sums, turn_logprobs
+from kernels.logprob import add_reference, agent_tokens, lay_out, pair_logprobs, pair_sizes, reference_sums
+from kernels.logprob import turn_logprobs
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,12 @@ def turn_advantages(sums_BK, ref_sums_BK, lengths_BK, normalize="turn"):
     ablation); "trajectory", one mean over all agent tokens of the row (what the official code computes).
     """
     ratio_BK = sums_BK - ref_sums_BK
-    tokens = {"turn": lengths_BK, "none": torch.ones_like(lengths_BK),
-              "trajectory": lengths_BK.sum(-1, keepdim=True).expand_as(lengths_BK)}[normalize]
-    return torch.where(lengths_BK > 0, ratio_BK / tokens.clamp(min=1), 0.0)
+    tokens_BK = {
+        "turn": lengths_BK,
+        "none": torch.ones_like(lengths_BK),
+        "trajectory": lengths_BK.sum(-1, keepdim=True).expand_as(lengths_BK),
+    }[normalize]
+    return torch.where(lengths_BK > 0, ratio_BK / tokens_BK.clamp(min=1), 0.0)
 
 
 def bradley_terry_loss(chosen_BK, rejected_BK, beta):
@@ -81,13 +86,19 @@ def trajectory_pairs(trajectories, per_task, margin, rng):
     margin 0: the better one is a success (reward 1), the worse one is not. Otherwise rewards differ by at least that
     much.
     """
-    by_task, pairs = {}, []
+    by_task = {}
     for trajectory in trajectories:
-        task = trajectory["task"]  # two tasks may share their request and differ in what is hidden
-        by_task.setdefault((task["problem_description"], task["ground_truth"]), []).append(trajectory)
+        task = trajectory["task"]
+        key = task["problem_description"], task["ground_truth"]  # the same request may hide different solutions
+        by_task.setdefault(key, []).append(trajectory)
+
+    def is_better(one, other):
+        if margin:
+            return one["reward"] - other["reward"] >= margin - 1e-9  # .9 - .8 is a little less than .1
+        return one["reward"] == 1.0 and other["reward"] < 1.0
+    pairs = []
     for group in by_task.values():
-        found = [(a, b) for a in group for b in group if (
-            a["reward"] - b["reward"] >= margin - 1e-9 if margin else a["reward"] == 1.0 > b["reward"])]
+        found = [(one, other) for one in group for other in group if is_better(one, other)]
         pairs += rng.sample(found, min(per_task, len(found)))
     rng.shuffle(pairs)
     return pairs
@@ -100,33 +111,43 @@ def critic_view(tokenizer, trajectory, use_reference=True):
 
 
 def loss_fn(model, pairs, beta, nll, normalize, batch=None):
-    """The training loss on a list of pairs, and what to watch: accuracy, margin, and the margin's share in the last
-    turn. batch: all pairs of the step, where these are a part (nll is a mean over the step's chosen agent tokens)."""
-    B, tokens = len(pairs), agent_tokens([pair["chosen"] for pair in batch or pairs])
-    sides = [(side, pair) for side in ("chosen", "rejected") for pair in pairs]
-    sums_BK, lengths_BK = turn_logprobs(model, lay_out(model, [pair[side] for side, pair in sides]))
-    ref_BK = pad_turns([pair[f"ref_{side}"] for side, pair in sides], sums_BK)
+    """The training loss on a list of pairs, and what to watch. batch: all pairs of the step, where these are a part of
+    it: the likelihood term is a mean over the chosen agent tokens of the whole step."""
+    B = len(pairs)
+    sums_BK, ref_BK, lengths_BK = pair_logprobs(model, pairs)  # rows: B chosen ones, then B rejected ones
     advantages_BK = turn_advantages(sums_BK, ref_BK, lengths_BK, normalize)
-    chosen_BK, rejected_BK = advantages_BK[:B], advantages_BK[B:]
-    loss = bradley_terry_loss(chosen_BK, rejected_BK, beta)
+    loss = bradley_terry_loss(advantages_BK[:B], advantages_BK[B:], beta)
+    tokens = agent_tokens([pair["chosen"] for pair in batch or pairs])
     loss = loss - nll * sums_BK[:B].sum() / (B * tokens)
-    with torch.no_grad():
-        margin_B = chosen_BK.sum(-1) - rejected_BK.sum(-1)
-        turn_K = torch.arange(1, lengths_BK.shape[1] + 1, device=lengths_BK.device)
-        last_B1 = ((lengths_BK > 0) * turn_K).argmax(-1, keepdim=True)
-        answers = advantages_BK.gather(-1, last_B1).squeeze(-1)
-        metrics = {"accuracy": (margin_B > 0).float().mean().item(), "margin": margin_B.mean().item(),
-                   "margin_answers": (answers[:B] - answers[B:]).mean().item()}
-    return loss, metrics
+    return loss, watch(advantages_BK.detach(), lengths_BK)
+
+
+def watch(advantages_BK, lengths_BK):
+    """How well trajectories are told apart, and the answers' share in it: given c, the last turn alone tells success,
+    and where it takes the whole margin the questions learn nothing. Rows: chosen ones, then rejected ones."""
+    B = len(advantages_BK) // 2
+    score_B = advantages_BK.sum(-1)
+    margin_B = score_B[:B] - score_B[B:]
+    turn_K = torch.arange(1, lengths_BK.shape[1] + 1, device=lengths_BK.device)
+    last_B1 = ((lengths_BK > 0) * turn_K).argmax(-1, keepdim=True)
+    answer_B = advantages_BK.gather(-1, last_B1).squeeze(-1)
+    return {"accuracy": (margin_B > 0).float().mean().item(),
+            "margin": margin_B.mean().item(),
+            "margin_answers": (answer_B[:B] - answer_B[B:]).mean().item()}
 
 
 def train(model, tokenizer, pairs, out, cfg, seed, save):
     """Fit the critic, starting from `model`, which is also pi_ref: its log-probs are taken before the first step."""
-    examples = [{"chosen": critic_view(tokenizer, better, cfg.reference),
-                 "rejected": critic_view(tokenizer, worse, cfg.reference)} for better, worse in pairs]
+    examples = []
+    for better, worse in pairs:
+        chosen = critic_view(tokenizer, better, cfg.reference)
+        rejected = critic_view(tokenizer, worse, cfg.reference)
+        examples.append({"chosen": chosen, "rejected": rejected})
     add_reference(model, examples)
-    return fit(model, examples, lambda m, part, batch: loss_fn(m, part, cfg.beta, cfg.nll, cfg.normalize, batch), out,
-               cfg, seed, save, label="critic", sizes=[len(e["chosen"][0]) + len(e["rejected"][0]) for e in examples])
+
+    def loss(model, part, batch):
+        return loss_fn(model, part, cfg.beta, cfg.nll, cfg.normalize, batch)
+    return fit(model, examples, loss, out, cfg, seed, save, label="critic", sizes=pair_sizes(examples))
 
 
 # ------------------------------------------------------------------ ranking
@@ -136,19 +157,31 @@ def candidate_views(tokenizer, state, use_reference=True):
     (1)."""
     reference = state["task"]["ground_truth"] if use_reference else None
     prefix, _ = render(tokenizer, state["messages"], reference)
-    return [(prefix + c["output_ids"], [0] * len(prefix) + [1] * len(c["output_ids"])) for c in state["candidates"]]
+    views = []
+    for candidate in state["candidates"]:
+        ids = candidate["output_ids"]
+        views.append((prefix + ids, [0] * len(prefix) + [1] * len(ids)))
+    return views
+
+
+def candidate_sums(model, tokenizer, states, use_reference):
+    """The log-prob of every candidate of every state: [(candidate, sum)]. InputError where one is not finite."""
+    candidates, views = [], []
+    for state in states:
+        candidates += state["candidates"]
+        views += candidate_views(tokenizer, state, use_reference)
+    sums = [row[0] for row in reference_sums(model, views)]
+    check_finite(sums, model.name_or_path)
+    return list(zip(candidates, sums))
 
 
 def score_reference(model, tokenizer, states):
     """Add pi_ref's log-prob to every candidate: `ref_sum` given c, and `ref_sum_without_c`. model: the initial
     policy."""
-    for key, use_reference in (("ref_sum", True), ("ref_sum_without_c", False)):
-        views = [view for state in states for view in candidate_views(tokenizer, state, use_reference)]
-        sums = reference_sums(model, views)
-        check_finite([row[0] for row in sums], model.name_or_path)
-        sums = iter(sums)
-        for candidate in (c for state in states for c in state["candidates"]):
-            candidate[key] = next(sums)[0]
+    for candidate, total in candidate_sums(model, tokenizer, states, True):
+        candidate["ref_sum"] = total
+    for candidate, total in candidate_sums(model, tokenizer, states, False):
+        candidate["ref_sum_without_c"] = total
 
 
 def rank(model, tokenizer, states, cfg):
@@ -158,16 +191,17 @@ def rank(model, tokenizer, states, cfg):
     this is the path that training took. A single turn has no trajectory to take a mean over: normalize "trajectory"
     ranks by the turn's mean.
     """
-    ref_key = "ref_sum" if cfg.reference and cfg.rank_against == "c" else "ref_sum_without_c"
-    candidates = [c for state in states for c in state["candidates"]]
-    views = [view for state in states for view in candidate_views(tokenizer, state, cfg.reference)]
-    sums_N1 = torch.tensor(reference_sums(model, views))
-    ref_N1 = torch.tensor([[c[ref_key]] for c in candidates])
-    lengths_N1 = torch.tensor([[float(len(c["output_ids"]))] for c in candidates])
-    advantages_N1 = turn_advantages(sums_N1, ref_N1, lengths_N1, "none" if cfg.normalize == "none" else "turn")
+    against_c = cfg.reference and cfg.rank_against == "c"
+    ref_key = "ref_sum" if against_c else "ref_sum_without_c"
+    scored = candidate_sums(model, tokenizer, states, cfg.reference)
+    sums_N = torch.tensor([total for _, total in scored])
+    ref_N = torch.tensor([candidate[ref_key] for candidate, _ in scored])
+    lengths_N = torch.tensor([float(len(candidate["output_ids"])) for candidate, _ in scored])
+    normalize = "none" if cfg.normalize == "none" else "turn"
+    advantages_N1 = turn_advantages(sums_N[:, None], ref_N[:, None], lengths_N[:, None], normalize)
     advantages = advantages_N1.squeeze(-1).tolist()
     check_finite(advantages, model.name_or_path)
-    for candidate, advantage in zip(candidates, advantages):
+    for (candidate, _), advantage in zip(scored, advantages):
         candidate["advantage"] = round(advantage, 6)
 
 
@@ -177,7 +211,8 @@ def judge_turns(trained, initial, trajectory, cfg):
     model, tokenizer = trained
     batch = lay_out(model, [critic_view(tokenizer, trajectory, cfg.reference)])
     sums_BK, lengths_BK = turn_logprobs(model, batch)
-    return turn_advantages(sums_BK, turn_logprobs(initial, batch)[0], lengths_BK, cfg.normalize)[0].tolist()
+    ref_BK, _ = turn_logprobs(initial, batch)
+    return turn_advantages(sums_BK, ref_BK, lengths_BK, cfg.normalize)[0].tolist()
 
 
 # ------------------------------------------------------------------ is it right?
@@ -185,21 +220,27 @@ def judge_turns(trained, initial, trajectory, cfg):
 def label(states, judge, grade):
     """Add to every candidate what the world knows: `kind` and `good`, by judge(task, messages, text); an answer is good
     when it earns the full reward."""
-    answers = []
+    answers, texts, tasks = [], [], []
     for state in states:
         task = Task.from_record(state["task"])
-        for c in state["candidates"]:
-            c["kind"], c["good"] = judge(task, state["messages"], c["content"])
-            if c["kind"] == "answer":
-                answers.append((c, c["content"].split(ANSWER_MARKER, 1)[1], task))
-    rewards = grade([text for _, text, _ in answers], [task for _, _, task in answers])
-    for (c, _, _), reward in zip(answers, rewards):
-        c["good"] = reward == 1.0
+        for candidate in state["candidates"]:
+            content = candidate["content"]
+            candidate["kind"], candidate["good"] = judge(task, state["messages"], content)
+            if candidate["kind"] == "answer":
+                answers.append(candidate)
+                texts.append(content.split(ANSWER_MARKER, 1)[1])
+                tasks.append(task)
+    for candidate, reward in zip(answers, grade(texts, tasks)):
+        candidate["good"] = reward == 1.0
 
 
 def area_under_curve(good, bad):
     """The chance that a random good one has a larger score than a random bad one (ties count half)."""
-    return sum((g > b) + 0.5 * (g == b) for g in good for b in bad) / (len(good) * len(bad))
+    wins = 0.0
+    for better in good:
+        for worse in bad:
+            wins += 0.5 if better == worse else better > worse
+    return wins / (len(good) * len(bad))
 
 
 def agreement_with_labels(states):
@@ -212,11 +253,15 @@ def agreement_with_labels(states):
     for kind in ("question", "answer"):
         areas = []
         for state in states:
-            mine = [c for c in state["candidates"] if c["kind"] == kind]
-            sides = [[c["advantage"] for c in mine if c["good"] is good] for good in (True, False)]
-            if all(sides):
-                areas.append(area_under_curve(*sides))
-        result[kind] = {"auc": sum(areas) / len(areas) if areas else None, "states": len(areas)}
+            good, bad = [], []
+            for candidate in state["candidates"]:
+                if candidate["kind"] == kind:
+                    side = good if candidate["good"] else bad
+                    side.append(candidate["advantage"])
+            if good and bad:
+                areas.append(area_under_curve(good, bad))
+        mean = sum(areas) / len(areas) if areas else None
+        result[kind] = {"auc": mean, "states": len(areas)}
     return result
 
 
@@ -229,15 +274,23 @@ def agreement_with_monte_carlo(states):
     """
     right, pairs = 0.0, 0
     for state in states:
-        measured = []
-        for c in state["candidates"]:
-            returns = torch.tensor(c["returns"], dtype=torch.float64)
-            # the +1 success and +1 failure keep the error of "always 0" or "always 1" from being 0
-            mean = (returns.sum() + 1) / (len(returns) + 2)
-            measured.append((c["advantage"], returns.mean().item(), (mean * (1 - mean) / len(returns)).item()))
-        for i, (a, value_a, error_a) in enumerate(measured):
-            for b, value_b, error_b in measured[:i]:
-                if abs(value_a - value_b) > 2 * (error_a + error_b) ** 0.5:
-                    pairs += 1
-                    right += 0.5 if a == b else (a > b) == (value_a > value_b)
+        for one, other in itertools.combinations(state["candidates"], 2):
+            value, variance = value_of(one["returns"])
+            other_value, other_variance = value_of(other["returns"])
+            if abs(value - other_value) <= 2 * (variance + other_variance) ** 0.5:
+                continue  # not measured well enough to say which is better
+            pairs += 1
+            if one["advantage"] == other["advantage"]:
+                right += 0.5
+            else:
+                right += (one["advantage"] > other["advantage"]) == (value > other_value)
     return {"accuracy": right / pairs if pairs else None, "pairs": pairs}
+
+
+def value_of(returns):
+    """Mean of some rewards, and its variance. One success and one failure more keep the variance of "always" and
+    "never" from being 0."""
+    returns = torch.tensor(returns, dtype=torch.float64)
+    smoothed = (returns.sum() + 1) / (len(returns) + 2)
+    variance = smoothed * (1 - smoothed) / len(returns)
+    return returns.mean().item(), variance.item()

@@ -217,6 +217,20 @@ def pad_turns(rows, like_BK):
     return padded
 
 
+def pair_logprobs(model, pairs):
+    """What both losses need of a list of {"chosen", "rejected", "ref_chosen", "ref_rejected"} (see `add_reference`):
+    the model's sums_BK, pi_ref's ref_BK and lengths_BK. Rows: all chosen ones, then all rejected ones."""
+    examples = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
+    reference = [pair["ref_chosen"] for pair in pairs] + [pair["ref_rejected"] for pair in pairs]
+    sums_BK, lengths_BK = turn_logprobs(model, lay_out(model, examples))
+    return sums_BK, pad_turns(reference, sums_BK), lengths_BK
+
+
+def pair_sizes(pairs):
+    """Tokens of each pair, so that pairs of like length share a batch."""
+    return [len(pair["chosen"][0]) + len(pair["rejected"][0]) for pair in pairs]
+
+
 @torch.no_grad()
 def reference_sums(model, examples, batch_tokens=16384, label=None):
     """Summed log-probs per turn of every example, without gradient: a list of K numbers for each (input_ids, turn_ids).
