@@ -93,8 +93,12 @@ def dpo_loss(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, beta):
 def noise(keys, max_tokens):
     """Uniform numbers [len(keys), max_tokens]: row i depends on keys[i] alone, so neither order nor batch size
     matters."""
-    seeds = (int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") for key in keys)
-    return torch.from_numpy(np.stack([np.random.default_rng(seed).random(max_tokens) for seed in seeds])).float()
+    rows = []
+    for key in keys:
+        digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+        rng = np.random.default_rng(int.from_bytes(digest, "little"))
+        rows.append(rng.random(max_tokens))
+    return torch.from_numpy(np.stack(rows)).float()
 
 
 def pick(logits_BV, noise_B, temperature=1.0, top_p=1.0):
@@ -111,39 +115,45 @@ def pick(logits_BV, noise_B, temperature=1.0, top_p=1.0):
     if not total_B1.isfinite().all():
         raise InputError(f"the model's logits, at temperature {temperature:g}, are not finite; train it anew, with a "
                          "lower learning rate, or take another --model")
-    point_B1 = torch.minimum(noise_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    largest_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))  # a point at the total would be no token
+    point_B1 = torch.minimum(noise_B[:, None] * total_B1, largest_B1)
     return torch.searchsorted(cumulative_BV, point_B1, right=True).squeeze(-1)
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_tokens=64, growing=None, seats=None):
+def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_tokens=64, memory=None, places=None):
     """One turn for each prompt (a list of token ids): lists of token ids that end with the end-of-turn token, or,
-    when the turn was cut off at max_tokens or at a control token that has no place in a turn, without it. Ids that are
-    no token of the tokenizer's (of a vocabulary padded to a multiple) have probability 0. keys: what each row's
-    randomness is seeded with, any value with a repr. growing, seats: `branches` that remember the turns before this
-    one, and which of them each prompt goes on with."""
-    eot, prompts = end_of_turn(tokenizer), [tuple(prompt) for prompt in prompts]
+    when the turn was cut off at max_tokens or at a control token that has no place in a turn, without it.
+
+    Ids that are no token of the tokenizer's (of a vocabulary padded to a multiple) have probability 0. keys: what each
+    row's randomness is seeded with, any value with a repr. memory, places: `branches` that remember the turns before
+    this one, and the branch that each prompt goes on with.
+    """
     check_context(model, max(map(len, prompts)) + max_tokens, "a dialogue with its next turn")
-    control = torch.tensor(control_tokens(tokenizer), device=model.device)
-    noise_BT = noise(keys, max_tokens).to(model.device)
-    live = torch.arange(len(prompts), device=model.device)  # the prompts whose turn is not over
-    seat_B = live if seats is None else torch.tensor(seats, device=model.device)
-    turns, growing = [[] for _ in prompts], growing or branches(model, prompts)
-    logits_BV = growing.wake(seat_B, prompts)
+    device, end = model.device, end_of_turn(tokenizer)
+    prompts = [tuple(prompt) for prompt in prompts]
+    memory = memory or branches(model, prompts)
+    active = torch.arange(len(prompts), device=device)  # the prompts whose turn is not over
+    branch_B = active if places is None else torch.tensor(places, device=device)
+    logits_BV = memory.wake(branch_B, prompts)
+
+    noise_BT = noise(keys, max_tokens).to(device)
+    control = torch.tensor(control_tokens(tokenizer), device=device)
     no_token = sorted(set(range(logits_BV.shape[-1])) - known_ids(tokenizer))
-    no_token = torch.tensor(no_token, dtype=torch.long, device=model.device)
+    no_token = torch.tensor(no_token, dtype=torch.long, device=device)
+    turns = [[] for _ in prompts]
     for step in range(max_tokens):
         logits_BV = logits_BV.index_fill(-1, no_token, -float("inf"))
-        token_B = pick(logits_BV, noise_BT[live, step], temperature, top_p)
-        cut_off = torch.isin(token_B, control)
-        for row, token, cut in zip(live.tolist(), token_B.tolist(), cut_off.tolist()):
-            if not cut:
-                turns[row].append(token)
-        going = ~(cut_off | (token_B == eot))
-        if not going.any() or step == max_tokens - 1:
+        token_B = pick(logits_BV, noise_BT[active, step], temperature, top_p)
+        cut_off_B = torch.isin(token_B, control)
+        for i, token, cut_off in zip(active.tolist(), token_B.tolist(), cut_off_B.tolist()):
+            if not cut_off:
+                turns[i].append(token)
+        goes_on_B = ~(cut_off_B | (token_B == end))
+        if step == max_tokens - 1 or not goes_on_B.any():
             break
-        live = live[going]
-        logits_BV = growing.step(seat_B[live], token_B[going])
+        active = active[goes_on_B]
+        logits_BV = memory.step(branch_B[active], token_B[goes_on_B])
     return turns
 
 
@@ -160,75 +170,105 @@ def play_out(model, tokenizer, envs, human, keys, *, temperature=1.0, top_p=1.0,
     Every agent turn keeps its `output_ids`, so that log-probs are of the tokens that were sampled, and, as in
     ColBench's format, `input` and `output` (the text that the model read and wrote).
     """
-    live, growing = [i for i, env in enumerate(envs) if env.answer is None], None
-    while live:
-        asked = [i for i in live if envs[i].messages[-1]["role"] == "assistant"]
-        replies = human.reply([envs[i].task for i in asked], [envs[i].messages for i in asked])
-        if not isinstance(replies, list) or len(replies) != len(asked):
-            raise InputError(f"{type(human).__name__}.reply() should return a list of {len(asked)} texts, one for each "
-                             f"dialogue; it returned {replies!r:.60}")
-        for i, reply in zip(asked, replies):
-            if not isinstance(reply, str | None):
-                raise InputError(f"{type(human).__name__}.reply() should return texts; it returned {reply!r:.60}")
-            if reply is not None:
-                envs[i].observe(reply)
-        live = [i for i in live if envs[i].messages[-1]["role"] == "user"]
-        if not live:
+    active = [i for i, env in enumerate(envs) if env.answer is None]
+    memory, read = None, {}  # what the model has read is remembered: a turn reads only what is new
+    while active:
+        ask_human(human, [envs[i] for i in active])
+        active = [i for i in active if envs[i].messages[-1]["role"] == "user"]
+        if not active:
             break
-        prompts = [tuple(render(tokenizer, envs[i].messages)[0]) for i in live]
-        if growing is None:  # remembers what it has read, so that a turn reads only what is new
-            growing, seats, read = branches(model, prompts, alone=True), {i: seat for seat, i in enumerate(live)}, {}
-        if any(prompt[:len(read.get(i, ()))] != read.get(i, ()) for i, prompt in zip(live, prompts)):
-            raise InputError("the human changed what was said before; reply() must leave the dialogues as they are")
-        turns = sample(model, tokenizer, prompts, [(keys[i], envs[i].turns) for i in live], temperature=temperature,
-                       top_p=top_p, max_tokens=max_tokens, growing=growing, seats=[seats[i] for i in live])
-        for i, prompt, output_ids in zip(live, prompts, turns):
+        prompts = [tuple(render(tokenizer, envs[i].messages)[0]) for i in active]
+        if memory is None:
+            memory = branches(model, prompts, alone=True)
+            place = {i: row for row, i in enumerate(active)}
+        for i, prompt in zip(active, prompts):
+            before = read.get(i, ())
+            if prompt[:len(before)] != before:
+                raise InputError("the human changed what was said before; reply() must leave the dialogues as they are")
+        turns = sample(
+            model, tokenizer, prompts, [(keys[i], envs[i].turns) for i in active], temperature=temperature, top_p=top_p,
+            max_tokens=max_tokens, memory=memory, places=[place[i] for i in active])
+        for i, prompt, output_ids in zip(active, prompts, turns):
             read[i] = (*prompt, *output_ids)
-            texts = {"input": tokenizer.decode(prompt), "output": tokenizer.decode(output_ids)}
-            envs[i].step(turn_text(tokenizer, output_ids), **texts, output_ids=output_ids)
-        live = [i for i in live if envs[i].answer is None]
+            envs[i].step(turn_text(tokenizer, output_ids), input=tokenizer.decode(prompt),
+                         output=tokenizer.decode(output_ids), output_ids=output_ids)
+        active = [i for i in active if envs[i].answer is None]
+
+
+def ask_human(human, envs):
+    """Let the human reply wherever the agent has asked. InputError where that is not one text, or None, for each."""
+    asked = [env for env in envs if env.messages[-1]["role"] == "assistant"]
+    replies = human.reply([env.task for env in asked], [env.messages for env in asked])
+    name = f"{type(human).__name__}.reply()"
+    if not isinstance(replies, list) or len(replies) != len(asked):
+        raise InputError(f"{name} should return a list of {len(asked)} texts, one for each dialogue; it returned "
+                         f"{replies!r:.60}")
+    for env, reply in zip(asked, replies):
+        if not isinstance(reply, str | None):
+            raise InputError(f"{name} should return texts; it returned {reply!r:.60}")
+        if reply is not None:
+            env.observe(reply)
 
 
 def play_tasks(model, tokenizer, tasks, human, keys, cfg, grade=grade, instructions=INSTRUCTIONS, **decoding):
     """Play a dialogue on each task to its end and grade it: a list of trajectories in ColBench's format, None for one
     that the human left."""
-    envs = [DialogueEnv(cfg.max_turns, instructions) for _ in tasks]
-    for env, task in zip(envs, tasks):
+    envs = []
+    for task in tasks:
+        env = DialogueEnv(cfg.max_turns, instructions)
         env.reset(task)
+        envs.append(env)
     play_out(model, tokenizer, envs, human, keys, max_tokens=cfg.max_tokens, **decoding)
     ended = [env for env in envs if env.answer is not None]
-    rewards = grade([env.answer for env in ended], [env.task for env in ended])
-    rewards = dict(zip(map(id, ended), rewards))
-    return [{"task": env.task.to_record(), "dialogue_history": env.messages, "answer": env.answer,
-             "reward": rewards[id(env)]} if id(env) in rewards else None for env in envs]
+    rewards = iter(grade([env.answer for env in ended], [env.task for env in ended]))
+    trajectories = []
+    for env in envs:
+        if env.answer is None:
+            trajectories.append(None)
+            continue
+        trajectories.append({"task": env.task.to_record(), "dialogue_history": env.messages, "answer": env.answer,
+                             "reward": next(rewards)})
+    return trajectories
 
 
 def check_tasks(model, tokenizer, tasks, cfg, with_c=True):
     """InputError, before any work, where a task's first prompt, perhaps with c, is too long for the model."""
-    for i, task in enumerate(tasks):
-        ids, _ = render(tokenizer, DialogueEnv(cfg.max_turns).reset(task), task.ground_truth if with_c else None)
-        check_context(model, len(ids) + cfg.max_tokens,
-                      f"{task.where}: task {i + 1}{', its reference' * with_c} and one turn")
+    for i, task in enumerate(tasks, 1):
+        messages = DialogueEnv(cfg.max_turns).reset(task)
+        ids, _ = render(tokenizer, messages, task.ground_truth if with_c else None)
+        what = f"{task.where}: task {i}{', its reference' if with_c else ''} and one turn"
+        check_context(model, len(ids) + cfg.max_tokens, what)
 
 
 def bare(messages):
     """Messages as a model needs them: without the texts that trajectories keep for the reader."""
-    return [{key: value for key, value in message.items() if key not in ("input", "output")} for message in messages]
+    kept = []
+    for message in messages:
+        kept.append({key: value for key, value in message.items() if key not in ("input", "output")})
+    return kept
 
 
 def sample_candidates(model, tokenizer, states, keys, n, max_tokens):
     """Add to each state {"task", "messages"} its "candidates", [{"content", "output_ids", "count"}]: the different
     ones among n sampled turns."""
-    prompts = [prompt for state in states for prompt in [render(tokenizer, state["messages"])[0]] * n]
-    turns = sample(model, tokenizer, prompts, [(*key, k) for key in keys for k in range(n)], max_tokens=max_tokens)
+    prompts, row_keys = [], []
+    for state, key in zip(states, keys):
+        prompt, _ = render(tokenizer, state["messages"])
+        prompts += [prompt] * n
+        row_keys += [(*key, k) for k in range(n)]
+    turns = sample(model, tokenizer, prompts, row_keys, max_tokens=max_tokens)
     for i, state in enumerate(states):
         state["candidates"] = distinct(tokenizer, turns[i * n:(i + 1) * n])
 
 
 def distinct(tokenizer, turns):
     """Sampled turns (lists of token ids) as candidates: each different one once, with how often it was sampled."""
-    return [{"content": turn_text(tokenizer, list(turn)), "output_ids": list(turn), "count": count}
-            for turn, count in Counter(tuple(turn) for turn in turns if turn).items()]
+    counts = Counter(tuple(turn) for turn in turns if turn)
+    candidates = []
+    for turn, count in counts.items():
+        ids = list(turn)
+        candidates.append({"content": turn_text(tokenizer, ids), "output_ids": ids, "count": count})
+    return candidates
 
 
 def read_candidates(tokenizer, path):
@@ -236,9 +276,11 @@ def read_candidates(tokenizer, path):
     "count". InputError on anything else."""
     states = []
     for _, state in read_records(path, outside_state(known_ids(tokenizer)), "state"):
-        turns = [{"content": turn} if isinstance(turn, str) else turn for turn in state["candidates"]]
-        repeated = [action_tokens(tokenizer, turn) for turn in turns for _ in range(turn.get("count") or 1)]
-        states.append({**state, "candidates": distinct(tokenizer, repeated)})
+        turns = []
+        for turn in state["candidates"]:
+            turn = {"content": turn} if isinstance(turn, str) else turn
+            turns += [action_tokens(tokenizer, turn)] * (turn.get("count") or 1)
+        states.append({**state, "candidates": distinct(tokenizer, turns)})
     return states
 
 
@@ -251,7 +293,8 @@ def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade):
             for k in range(n):
                 env = DialogueEnv(cfg.max_turns)
                 env.reset(Task.from_record(state["task"]))
-                env.messages, env.turns = list(state["messages"]), len(state["messages"]) // 2
+                env.messages = list(state["messages"])
+                env.turns = len(state["messages"]) // 2
                 env.step(candidate["content"], output_ids=candidate["output_ids"])
                 envs.append(env)
                 keys.append((seed, "play on", s, c, k))
@@ -260,8 +303,9 @@ def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade):
     if any(env.answer is None for env in envs):
         raise InputError("the human left; the same command starts this stage again")
     rewards = iter(grade([env.answer for env in envs], [env.task for env in envs]))
-    for candidate in (c for state in states for c in state["candidates"]):
-        candidate["returns"] = [next(rewards) for _ in range(n)]
+    for state in states:
+        for candidate in state["candidates"]:
+            candidate["returns"] = [next(rewards) for _ in range(n)]
 
 
 # ------------------------------------------------------------------ learning
@@ -324,10 +368,12 @@ def train_preferences(model, examples, out, cfg, seed, save, label):
 def imitation_loss(model, views, batch=None):
     """RFT: minus the mean log-prob of the agent's tokens. batch: all views of the step, where these are a part."""
     sums_BK, _ = turn_logprobs(model, lay_out(model, views))
-    return -sums_BK.sum() / (len(views) * agent_tokens(batch or views)), {}
+    tokens = len(views) * agent_tokens(batch or views)
+    return -sums_BK.sum() / tokens, {}
 
 
 def train_imitation(model, views, out, cfg, seed, save, label):
     """Fit the policy on views of successful trajectories (RFT), or of a demonstrator's dialogues (the small world's
     base)."""
-    return fit(model, views, imitation_loss, out, cfg, seed, save, label=label, sizes=[len(ids) for ids, _ in views])
+    sizes = [len(input_ids) for input_ids, _ in views]
+    return fit(model, views, imitation_loss, out, cfg, seed, save, label=label, sizes=sizes)
