@@ -135,7 +135,7 @@ def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_t
     memory = memory or branches(model, prompts)
     active = torch.arange(len(prompts), device=device)  # the prompts whose turn is not over
     branch_B = active if places is None else torch.tensor(places, device=device)
-    logits_BV = memory.wake(branch_B, prompts)
+    logits_BV = memory.begin_turn(branch_B, prompts)
 
     noise_BT = noise(keys, max_tokens).to(device)
     control = torch.tensor(control_tokens(tokenizer), device=device)
@@ -179,7 +179,7 @@ def play_out(model, tokenizer, envs, human, keys, *, temperature=1.0, top_p=1.0,
             break
         prompts = [tuple(render(tokenizer, envs[i].messages)[0]) for i in active]
         if memory is None:
-            memory = branches(model, prompts, alone=True)
+            memory = branches(model, prompts, several_turns=True)
             place = {i: row for row, i in enumerate(active)}
         for i, prompt in zip(active, prompts):
             before = read.get(i, ())

@@ -56,7 +56,6 @@ from machinery.server import Server
 from machinery.settings import Record, check_tasks_given, flat, no_held_out
 from machinery.start import check_start
 from machinery.train import Given, Machine, arg, check_finite, check_states, check_views, load_model, save_to
-from kernels.prefix import use_plain_path
 from simulator import ConsoleHuman
 from worlds import backend, frontend
 
@@ -494,7 +493,6 @@ def main(argv=None):
     options = parser().parse_args(argv)
     if options.smoke and options.run == "runs/default":
         options.run = "runs/smoke"
-    use_plain_path(options.plain)
     with one_line(options):
         run = Run(options, settings_of(options))
         torch.set_num_threads(run.machine.threads)

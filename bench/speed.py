@@ -3,7 +3,6 @@
     python -m bench.speed               everything that takes minutes: log-probs, DPO, scoring, sampling, growth
     python -m bench.speed dpo growth    some of it
     python -m bench.gpu                 the head on a GPU
-    python -m bench.speed run           sweet.py with and without --plain (flags after it are handed on: run --smoke)
 
 A row is one contest: each contender does the same work on the same inputs, in turn, again and again, so that what else
 the machine is doing hits all alike; what counts is the median of (peer / ours) over the repeats. CPU times are CPU
@@ -21,9 +20,7 @@ import multiprocessing
 import os
 import platform
 import random
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,9 +33,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import actor
-from env import DialogueEnv
+from env import DialogueEnv, render
 from kernels.logprob import add_reference, collate, lay_out, token_logprobs, turn_logprobs
-from kernels.prefix import use_plain_path
+from kernels.prefix import Rows
 
 REPEATS = 7
 
@@ -255,16 +252,35 @@ def bench_rollouts():
     from worlds.backend import make_tasks, make_tokenizer
     model, tokenizer, tasks = llama(), make_tokenizer(), make_tasks(16, 0, "train")
 
-    def play(plain):
-        use_plain_path(plain)
+    def begin():
         envs = [DialogueEnv(6) for _ in tasks]
         for env, task in zip(envs, tasks):
             env.reset(task)
+        return envs
+
+    def ours():
+        envs = begin()
         with endless():
             actor.play_out(model, tokenizer, envs, Replies(), range(16), max_tokens=24)
-        use_plain_path(False)
+        return tokens_of(envs)
+
+    def every_turn():
+        envs, human = begin(), Replies()
+        while envs[0].answer is None:
+            prompts = [render(tokenizer, env.messages)[0] for env in envs]
+            keys = [(i, envs[0].turns) for i in range(16)]
+            with endless():
+                turns = actor.sample(model, tokenizer, prompts, keys, max_tokens=24, memory=Rows(model, padded=True))
+            for env, turn in zip(envs, turns):
+                env.step(actor.turn_text(tokenizer, turn), output_ids=turn)
+            if envs[0].answer is None:
+                for env, reply in zip(envs, human.reply(tasks, [env.messages for env in envs])):
+                    env.observe(reply)
+        return tokens_of(envs)
+
+    def tokens_of(envs):
         return torch.tensor([m["output_ids"] for env in envs for m in env.messages[1::2]])
-    contest("rollouts, 6 turns", lambda: play(False), {"history read in every turn": lambda: play(True)}, "1.6x")
+    contest("rollouts, 6 turns", ours, {"history read in every turn": every_turn}, "1.6x")
 
 
 def bench_growth():
@@ -299,37 +315,6 @@ def bench_growth():
         row(f"vocabulary {vocab}", *("" if mb is None else f"{mb:.0f}" for mb in map(peak_megabytes, works)))
 
 
-def bench_run(*flags):
-    """sweet.py from start to end, with and without --plain: CPU seconds, graders and browsers included. Both are
-    started at once and run by turns, a second or two each, while the other is stopped: a processor that gets slower or
-    faster in these minutes does so for both."""
-    header("stages", "plain, s", "ours, s", "ratio")
-    for _ in range(2):
-        running, spent = {}, {}
-        with tempfile.TemporaryDirectory() as folder:
-            for name, share, more in (("plain", 1.6, ["--plain"]), ("ours", 1.0, [])):
-                command = [sys.executable, "sweet.py", "--run", f"{folder}/{name}", *flags, *more]
-                running[name] = subprocess.Popen(command, stdout=subprocess.DEVNULL), share
-                os.kill(running[name][0].pid, signal.SIGSTOP)
-            try:
-                while running:
-                    for name, (process, share) in list(running.items()):
-                        os.kill(process.pid, signal.SIGCONT)
-                        time.sleep(share)
-                        os.kill(process.pid, signal.SIGSTOP)
-                        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-                        if ended:
-                            del running[name]
-                            spent[name] = usage.ru_utime + usage.ru_stime
-                        if status:
-                            sys.exit(f"sweet.py ({name}) failed")
-            finally:
-                for process, _ in running.values():
-                    os.kill(process.pid, signal.SIGKILL)
-        row("python sweet.py " + " ".join(flags), f"{spent['plain']:.0f}", f"{spent['ours']:.0f}",
-            f"{spent['plain'] / spent['ours']:.2f}x")
-
-
 def on_one_thread(work):
     torch.set_num_threads(1)
     work()
@@ -340,8 +325,6 @@ def main(names):
                      platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
     print(f"{processor}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start (we add one); "
           f"torch {torch.__version__}")
-    if names[:1] == ["run"]:
-        return bench_run(*names[1:])
     header("work", "peer", "time, peer / ours (range)", "peak memory, peer / ours", "ours", "difference", "aim")
     for work in (bench_logprobs, bench_dpo, bench_scoring, bench_sampling, bench_rollouts, bench_growth):
         if not names or work.__name__.removeprefix("bench_") in names:

@@ -10,7 +10,7 @@ number:
    1 GB in fp32, several times over).
 3. A prefix that several sequences share is computed once (kernels/prefix.py).
 
---plain switches all three off: every sequence in full, the model's own logits at every position.
+nano.py computes the same numbers without any of the three.
 
 Place in the data flow: (input_ids, turn_ids) from `env.render` -> `lay_out` -> `turn_logprobs` -> sums and lengths
 per turn. Exercised by `python -m pytest tests/test_kernels.py` and measured by `python -m bench.speed`.
@@ -22,8 +22,7 @@ import importlib.util
 import torch
 from tqdm import tqdm
 
-from machinery.train import check_context
-from kernels.prefix import Tree, can_share, head_is_plain, plain_path, say_once, share
+from kernels.prefix import Tree, can_share, head_is_plain, say_once, share
 
 SHORT = 16  # tokens: up to this length a prefix is computed in the same pass as its branches
 WORTH = 0.8  # trees have to save a fifth of the tokens, padding included
@@ -189,7 +188,7 @@ def turn_logprobs(model, batch):
     else:
         B, example_N = int(owner_ids.max()), owner_ids[row_N, position_N + 1] - 1
         inputs = Tree(model, batch["prefixes"]).inputs(input_ids, owner_ids)
-    if not plain_path() and head_is_plain(model):
+    if head_is_plain(model):
         hidden_ND = model.base_model(**inputs).last_hidden_state[row_N, position_N]
         logprobs_N = token_logprobs(hidden_ND, model.get_output_embeddings().weight, targets_N)
     else:
@@ -239,14 +238,11 @@ def reference_sums(model, examples, batch_tokens=16384, label=None):
     model is ever in memory), and for ranking. Equal examples are computed once; examples with the same prefix, and
     prefixes of like length, share a batch of at most batch_tokens tokens; the result does not depend on it.
     """
-    longest = max((len(input_ids) for input_ids, _ in examples), default=0)
-    check_context(model, longest, "the longest of these dialogues")
-
-    # 1. equal examples are computed once (on the plain path, all of them)
+    # 1. equal examples are computed once
     first = {}  # content of an example -> index of the first example with that content
     representative = []
     for i, (input_ids, turn_ids) in enumerate(examples):
-        content = i if plain_path() else (tuple(input_ids), tuple(turn_ids))
+        content = (tuple(input_ids), tuple(turn_ids))
         representative.append(first.setdefault(content, i))
 
     # 2. batches of neighbours: same prefix first, then prefixes of like length

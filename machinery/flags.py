@@ -22,7 +22,6 @@ def make_parser(text, stages, groups, worlds):
     top.add_argument("--smoke", action="store_true", help="everything in miniature")
     top.add_argument("--preset", choices=["small", "paper", "one-gpu"], default="small",
                      help="defaults: those of the small world, the paper's, or a small run on one GPU")
-    top.add_argument("--plain", action="store_true", help="the plain path: no shared prefixes, all logits held (slow)")
     top.set_defaults(running="")  # the stage that runs
     for group, kind in groups.items():
         section = top.add_argument_group(group, kind.__doc__)

@@ -14,23 +14,23 @@ import actor
 import critic
 from env import DialogueEnv, end_of_turn, render
 from machinery.files import InputError
-from machinery.train import enable_checkpointing
+from machinery.train import check_context, enable_checkpointing
 from kernels import logprob, prefix
 from kernels.logprob import collate, lay_out, reference_sums, turn_logprobs
-from kernels.prefix import Tree, cache_name, can_share, fill, head_is_plain
+from kernels.prefix import Tree, can_share, head_is_plain
 
 
 @pytest.fixture
-def plain():
-    """A function that computes something on the plain path."""
+def plain(monkeypatch):
+    """A function that computes something the plain way: every sequence in full, the model's own logits everywhere, and
+    sampling in rows of their own."""
     def compute(work, *args, **kwargs):
-        prefix.use_plain_path(True)
-        try:
+        with monkeypatch.context() as patch:
+            for module in (prefix, logprob):
+                patch.setattr(module, "can_share", lambda model: False)
+                patch.setattr(module, "head_is_plain", lambda model: False)
             return work(*args, **kwargs)
-        finally:
-            prefix.use_plain_path(False)
-    yield compute
-    prefix.use_plain_path(False)
+    return compute
 
 
 @pytest.fixture(params=["outside", "inside"])
@@ -42,9 +42,9 @@ def trees(request, monkeypatch):
 
 
 @pytest.fixture
-def said(monkeypatch):
+def said():
     """Nothing has been said so far."""
-    monkeypatch.setattr(prefix, "_said", set())
+    prefix.say_once.cache_clear()
 
 
 def ids(rng, vocab, low, high):
@@ -168,7 +168,7 @@ def test_reference_sums_equal_the_plain_path(model64, trees, plain):
     examples = [flat(d) for d in forest(model64.config.vocab_size, (1, 9, 4, 2, 1, 16), longest=20)]
     examples += [(list(ids), list(turns)) for ids, turns in examples[3:8]]  # equal ones are computed once
     examples.append((examples[0][0], [2 * turn for turn in examples[0][1]]))  # equal in their tokens only
-    want = plain(reference_sums, model64, examples)
+    want = [plain(turn_logprobs, model64, collate([example]))[0][0].tolist() for example in examples]
     for batch_tokens in (1, 60, 16384):
         found = reference_sums(model64, examples, batch_tokens)
         assert [len(row) for row in found] == [len(row) for row in want]
@@ -209,25 +209,6 @@ def test_a_prefix_is_read_once(model, tokenizer):
     assert 49 + 16 < n <= 49 + 16 * 3 and len(turns) == 16
 
 
-def test_a_prefix_is_read_for_its_keys_and_values_alone(model):
-    """They are what a whole run leaves in the cache, gradients too, and the last layer's MLP never runs."""
-    from transformers import DynamicCache
-    row, ran, caches = torch.tensor([ids(random.Random(0), model.config.vocab_size, 20, 20)]), [], []
-    hooks = [layer.mlp.register_forward_hook(lambda *_, i=i: ran.append(i))
-             for i, layer in enumerate(model.base_model.layers)]
-    for run in (fill, lambda model, cache, row: model.base_model(input_ids=row, **{cache_name(model): cache})):
-        cache = DynamicCache()
-        run(model, cache, row)
-        loss = sum((layer.keys ** 2).sum() + (layer.values ** 3).sum() for layer in cache.layers)
-        wanted = [p for name, p in model.named_parameters() if "k_proj" in name or "embed" in name]
-        caches.append([t for layer in cache.layers for t in (layer.keys, layer.values)]
-                      + list(torch.autograd.grad(loss, wanted)))
-    [hook.remove() for hook in hooks]
-    assert all(torch.equal(ours, whole) for ours, whole in zip(*caches, strict=True))
-    last = model.config.num_hidden_layers - 1
-    assert ran == [*range(last), *range(last + 1)] and last > 0
-
-
 def rename_cache(module, name, strict):
     """Let a module's forward know the cache by this name; strict: by no other, whoever calls."""
     inner, other = module.forward, {"cache": "past_key_values", "past_key_values": "cache"}[name]
@@ -248,14 +229,15 @@ def rename_cache(module, name, strict):
 @pytest.mark.parametrize("path", ["tree", "rows"])
 def test_either_name_of_the_cache(tokenizer, model, name, path, monkeypatch):
     """Later releases of transformers renamed the argument; whichever one a model knows is the one that it gets."""
-    monkeypatch.setattr(prefix, "_plain", path == "rows")
+    can_share = prefix.can_share if path == "tree" else lambda model: False
+    monkeypatch.setattr(prefix, "can_share", can_share)
     prompts = [ids(random.Random(i), len(tokenizer), 20, 30) for i in range(4)]
     expected = actor.sample(model, tokenizer, prompts, range(4), max_tokens=8)
     renamed = copy.deepcopy(model)
     rename_cache(renamed, name, strict=True)
     rename_cache(renamed.model, name, strict=path == "tree")  # in rows, its own head calls it
     assert actor.sample(renamed, tokenizer, prompts, range(4), max_tokens=8) == expected
-    assert can_share(renamed) == (path == "tree")
+    assert path == "rows" or can_share(renamed)
 
 
 def test_nothing_to_share_is_a_plain_batch(model):
@@ -480,22 +462,9 @@ def test_beyond_its_original_context_longrope_is_refused(tokenizer):
     model = tiny_llama(len(tokenizer), rope_parameters={
         "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 8.0,
         "original_max_position_embeddings": 16})
-    assert len(reference_sums(model, [([5] * 16, [0] * 15 + [1])])) == 1
+    check_context(model, 16, "a dialogue")
     with pytest.raises(InputError, match="17 tokens are more than the 16"):
-        reference_sums(model, [([5] * 17, [0] * 16 + [1])])
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_what_interrupts_a_prefix_leaves_the_cache_as_it_was(model, error):
-    from transformers import DynamicCache
-
-    def fail(*_):
-        raise error
-    cache, hook = DynamicCache(), model.base_model.layers[0].mlp.register_forward_hook(fail)
-    with pytest.raises(error):
-        fill(model, cache, torch.tensor([[1, 2]]))
-    hook.remove()
-    assert "update" not in vars(cache) and cache.layers[0].keys.shape[2] == 2
+        check_context(model, 17, "a dialogue")
 
 
 def test_a_probe_that_fails_leaves_no_hook(monkeypatch):

@@ -586,8 +586,8 @@ def llama_with_bias(vocab, size=1.0):
 
 
 @pytest.mark.parametrize("make", [gemma2, gemma2_as_made, cohere, llama_with_bias])
-def test_heads_with_soft_capping_scale_or_bias(make, capsys, monkeypatch):
-    monkeypatch.setattr(prefix, "_said", set())
+def test_heads_with_soft_capping_scale_or_bias(make, capsys):
+    prefix.say_once.cache_clear()
     made = make(40)
     rng = random.Random(13)
     dialogues = [dialogue(rng, 40, k) for k in (2, 3)]

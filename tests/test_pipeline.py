@@ -128,14 +128,6 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(finished):
     assert "seed" in line
 
 
-def test_the_plain_path_rolls_out_the_same_dialogues(finished, tmp_path):
-    for name, flags in (("shared", []), ("plain", ["--plain"])):
-        shutil.copytree(finished / "base", tmp_path / name / "base")
-        sweet("rollout", "--run", tmp_path / name, *TINY, "--rollout-tasks", "10", "--rollout-per-task", "3", *flags)
-    ours, plain = ((tmp_path / name / "trajectories.jsonl").read_bytes() for name in ("shared", "plain"))
-    assert ours == plain and ours.count(b"\n") == 30
-
-
 def test_play(finished):
     done = sweet("play", "--run", finished, *TINY, input="I have no preference there.\n" * 10)
     assert "Tests passed:" in done.stdout and "turn 1" in done.stdout and "agent:" in done.stdout
