@@ -15,6 +15,7 @@ ids, and answers -> grade -> rewards. Differences from the paper: none in the pr
 """
 import copy
 import functools
+import itertools
 import re
 import sys
 from dataclasses import dataclass, field
@@ -57,17 +58,23 @@ class Task:
         return known if known.strip() else self.ground_truth
 
     def to_record(self):
-        return {"problem_description": self.problem_description, "ground_truth": self.ground_truth,
-                "test_cases": self.test_cases, **self.extra}
+        return {
+            "problem_description": self.problem_description,
+            "ground_truth": self.ground_truth,
+            "test_cases": self.test_cases,
+            **self.extra,
+        }
 
     @classmethod
     def from_record(cls, record, where="task", optional=("test_cases",)):
         """Read ColBench's record. InputError, naming `where`, when a field is missing, empty or of the wrong
         kind."""
         schema.check(record, schema.task(optional), where)
-        known = ("problem_description", "ground_truth", "test_cases")
-        extra = {name: value for name, value in record.items() if name not in known}
-        return cls(record["problem_description"], record["ground_truth"], record.get("test_cases") or {}, extra, where)
+        extra = dict(record)
+        request = extra.pop("problem_description")
+        reference = extra.pop("ground_truth")
+        test_cases = extra.pop("test_cases", None) or {}
+        return cls(request, reference, test_cases, extra, where)
 
 
 def load_tasks(path, optional=("test_cases",)):
@@ -83,10 +90,16 @@ def read_trajectories(path, tokenizer=None):
     the tokenizer's."""
     known = None if tokenizer is None else known_ids(tokenizer)
     for where, record in schema.read_records(path, schema.trajectory(known), "dialogue"):
-        history = [{key: m[key] for key in ("role", "content", "output_ids") if m.get(key) is not None}
-                   for m in record["dialogue_history"]]
-        yield {"task": Task.from_record(record["task"], where).to_record(), "dialogue_history": history,
-               "reward": float(record["reward"]), "where": where}
+        history = []
+        for message in record["dialogue_history"]:
+            read = ("role", "content", "output_ids")
+            history.append({key: message[key] for key in read if message.get(key) is not None})
+        yield {
+            "task": Task.from_record(record["task"], where).to_record(),
+            "dialogue_history": history,
+            "reward": float(record["reward"]),
+            "where": where,
+        }
 
 
 # ------------------------------------------------------------------ dialogue
@@ -102,11 +115,15 @@ class DialogueEnv:
     """
 
     def __init__(self, max_turns=10, instructions=INSTRUCTIONS):
-        self.max_turns, self.instructions = max_turns, instructions.replace("{max_turns}", str(max_turns))
+        self.max_turns = max_turns
+        self.instructions = instructions.replace("{max_turns}", str(max_turns))
 
     def reset(self, task):
-        self.task, self.answer, self.turns = task, None, 0
-        self.messages = [{"role": "user", "content": clean(self.instructions + task.problem_description)}]
+        self.task = task
+        self.answer = None
+        self.turns = 0
+        request = clean(self.instructions + task.problem_description)
+        self.messages = [{"role": "user", "content": request}]
         return self.messages
 
     def step(self, action, **extra):
@@ -145,28 +162,37 @@ def _scaffold(tokenizer):
     for template, nor be trimmed or stripped by it. From the human's to the agent's turn is taken at the last turn,
     because that is what the agent reads when it speaks: some templates write earlier turns in another way.
     """
-    messages = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(("user", "assistant") * 2)]
+    messages = []
+    for i in range(4):
+        messages.append({"role": ("user", "assistant")[i % 2], "content": f"\ue000{i}\ue001"})
 
-    def write(n):
-        text = tokenizer.apply_chat_template(messages[:n], chat_template=FIXED_DATE + tokenizer.get_chat_template(),
-                                             tokenize=False, add_generation_prompt=n % 2 == 1)
+    def pieces(n_messages):
+        """What the template writes before, between and after the first messages."""
+        text = tokenizer.apply_chat_template(
+            messages[:n_messages],
+            chat_template=FIXED_DATE + tokenizer.get_chat_template(),
+            tokenize=False,
+            add_generation_prompt=n_messages % 2 == 1)
         parts = re.split("\ue000(\\d+)\ue001", text)
-        if parts[1::2] != [str(i) for i in range(n)]:
+        found, placeholders = parts[::2], parts[1::2]
+        if placeholders != [str(i) for i in range(n_messages)]:
             raise ValueError("the chat template does not show every message once and in order")
-        return parts[::2]
+        return found
     try:
-        (before, _, between, opening, after), prompt = write(4), write(3)[-1]
+        before, _, between, opening, after = pieces(4)
+        prompt = pieces(3)[-1]
     except TemplateError as error:
         raise ValueError(f"the chat template refuses a dialogue of user and assistant: {error}") from None
     if opening.rstrip() == prompt.rstrip():
         opening = prompt  # white space in front of a turn is for the agent to write, or not
     else:
         print(f"note: the chat template asks for a turn with {prompt!r} but writes one with {opening!r}: using this")
-    between, after = between.lstrip(), after.lstrip() or between.lstrip()
+    between = between.lstrip()
+    after = after.lstrip() or between
 
     def encode(text):
         return tokenizer.encode(text, add_special_tokens=False)
-    _check_ends(tokenizer, *map(encode, (before, opening, between, after)))
+    _check_ends(tokenizer, encode(before), encode(opening), encode(between), encode(after))
     _, end = _control_span(tokenizer, before)
     before = encode(before[:end]), before[end:]
     start, _ = _control_span(tokenizer, opening)
@@ -181,24 +207,37 @@ def _check_ends(tokenizer, before, opening, between, after):
     control = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     if not after or after[0] not in control:
         raise ValueError("the chat template ends an agent's turn without a control token that could stop sampling")
-    if between[:1] != after[:1] and not {*between[:1]} & {*opening[:1]} & (control - {*before[:2]}):
+    if between[:1] == after[:1]:  # earlier turns end as the last one does
+        return
+    # or they have no end of their own, and the control token that begins every message ends them
+    begins_a_message = between and between[:1] == opening[:1] and between[0] in control
+    if not begins_a_message or between[0] in before[:2]:
         raise ValueError("the chat template ends an agent's earlier turns in another way than its last one")
 
 
 def _control_span(tokenizer, piece):
     """Where the first control token of a piece begins and the last one ends; without one, (its length, 0). White space
     that a control token takes in belongs to it."""
-    tokens = sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: -len(token.content))
-    names = [r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip for token in tokens]
-    spans = [match.span() for match in re.finditer("|".join(names), piece) if match[0]]
-    return (spans[0][0], spans[-1][1]) if spans else (len(piece), 0)
+    patterns = []
+    for token in sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: -len(token.content)):
+        pattern = re.escape(token.content)
+        if token.lstrip:
+            pattern = r"\s*" + pattern
+        if token.rstrip:
+            pattern += r"\s*"
+        patterns.append(pattern)
+    spans = [match.span() for match in re.finditer("|".join(patterns), piece) if match[0]]
+    if not spans:
+        return len(piece), 0
+    return spans[0][0], spans[-1][1]
 
 
 @functools.lru_cache(maxsize=8)
 def _text_tokenizer(tokenizer):
     """A copy that takes no text for a control token, neither for a special one nor for one like <think>."""
     plain = copy.deepcopy(tokenizer)
-    plain.add_tokens([AddedToken(str(t), special=True) for t in tokenizer.added_tokens_decoder.values()], True)
+    control = [AddedToken(str(token), special=True) for token in tokenizer.added_tokens_decoder.values()]
+    plain.add_tokens(control, special_tokens=True)
     return plain
 
 
@@ -211,7 +250,8 @@ def known_ids(tokenizer):
 @functools.lru_cache(maxsize=2 ** 16)
 def encode_text(tokenizer, text):
     """Token ids of a message's text. What looks like a control token is encoded as text: nobody can forge a turn."""
-    return tuple(_text_tokenizer(tokenizer)(clean(text), add_special_tokens=False, split_special_tokens=True).input_ids)
+    encoded = _text_tokenizer(tokenizer)(clean(text), add_special_tokens=False, split_special_tokens=True)
+    return tuple(encoded.input_ids)
 
 
 def end_of_turn(tokenizer):
@@ -222,15 +262,20 @@ def end_of_turn(tokenizer):
 @functools.lru_cache(maxsize=8)
 def control_tokens(tokenizer):
     """The ids of all special tokens but the end of a turn: they have no place in a turn."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted((added | set(tokenizer.all_special_ids)) - {end_of_turn(tokenizer)})
+    control = set(tokenizer.all_special_ids)
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            control.add(token_id)
+    return sorted(control - {end_of_turn(tokenizer)})
 
 
 def action_tokens(tokenizer, message):
     """The token ids of an agent's turn: those that were sampled (`output_ids`), as they are, or else its text and the
     end of turn."""
-    ids = message.get("output_ids")
-    return list(encode_text(tokenizer, message["content"])) + [end_of_turn(tokenizer)] if ids is None else list(ids)
+    sampled = message.get("output_ids")
+    if sampled is not None:
+        return list(sampled)
+    return [*encode_text(tokenizer, message["content"]), end_of_turn(tokenizer)]
 
 
 def render(tokenizer, messages, reference=None):
@@ -251,24 +296,26 @@ def render(tokenizer, messages, reference=None):
     agent read and wrote stays, so that the ids of a dialogue's beginning are the beginning of its ids. ValueError
     where a template cannot be used so.
     """
-    before, (back, opening), between, eot = _scaffold(tokenizer)
-    input_ids, turn_ids, action = [], [], []
+    before, (back, opening), between, end = _scaffold(tokenizer)
+    input_ids, turn_ids = [], []
+    ended = False  # did the agent end its turn?
     for i, message in enumerate(messages):
         if message["role"] != ("user", "assistant")[i % 2]:
             raise ValueError(f"message {i + 1} is of {message['role']!r}; expected user and assistant in turn")
-        if i % 2:
-            action = action_tokens(tokenizer, message)
-            input_ids += action
-            turn_ids += [i // 2 + 1] * len(action)
-            continue
-        head, front = between if i else before
-        if action[-1:] == [eot]:
-            head = head[1:]  # the agent has ended its turn
-        if i == 0 and reference is not None:
-            front += REFERENCE_PREFIX.format(reference=reference)
-        context = [*head, *encode_text(tokenizer, front + message["content"] + back), *opening]
-        input_ids += context
-        turn_ids += [0] * len(context)
+        if message["role"] == "assistant":
+            ids = action_tokens(tokenizer, message)
+            turn = i // 2 + 1
+            ended = ids[-1:] == [end]
+        else:
+            head, front = before if i == 0 else between
+            if ended:
+                head = head[1:]  # without the template's own end of turn
+            if i == 0 and reference is not None:
+                front += REFERENCE_PREFIX.format(reference=reference)
+            ids = [*head, *encode_text(tokenizer, front + message["content"] + back), *opening]
+            turn = 0
+        input_ids += ids
+        turn_ids += [turn] * len(ids)
     return input_ids, turn_ids
 
 
@@ -294,18 +341,47 @@ def grade(answers, tasks, call_seconds=1.0, answer_seconds=10.0, workers=None):
     if len(answers) != len(tasks):
         raise ValueError(f"{len(answers)} answers to {len(tasks)} tasks: grade wants one task for each answer")
 
-    def job(source, task):
+    # 1. the programs: each answer and its reference, on the task's calls
+    def program(source, task):
         return source, tuple(task.test_cases.values()), call_seconds, answer_seconds
-    wanted = [(job(task.ground_truth, task), job(answer, task)) for answer, task in zip(answers, tasks)]
-    new = [key for key in dict.fromkeys(key for pair in wanted for key in pair) if key not in _REPORTS]
-    _REPORTS.update(zip(new, sandbox.run([key[:2] for key in new], call_seconds, answer_seconds, workers)))
-    tasks_of = {reference: task for (reference, _), task in zip(wanted, tasks)}
-    for reference in tasks_of.keys() & set(new):
-        for (name, call), report in zip(tasks_of[reference].test_cases.items(), _REPORTS[reference]):
-            if report[0] == "!":
-                print(f"{tasks_of[reference].where}: broken task: its reference fails on {name}, {call}: {report[1:]}",
-                      file=sys.stderr)
-    pairs = [list(zip(_REPORTS[reference], _REPORTS[answer])) for reference, answer in wanted]
-    for key in [key for key in new if "!out" in str(_REPORTS[key])] + list(_REPORTS)[:-100_000]:
-        _REPORTS.pop(key, None)  # what ran out of time may do better another time; and the oldest
-    return [sum(a == b and a[0] != "!" for a, b in pair) / max(1, len(pair)) for pair in pairs]
+    pairs = []
+    for answer, task in zip(answers, tasks):
+        pairs.append((program(task.ground_truth, task), program(answer, task)))
+
+    # 2. run those that have not run before
+    new = []
+    for program in dict.fromkeys(itertools.chain.from_iterable(pairs)):
+        if program not in _REPORTS:
+            new.append(program)
+    jobs = [(source, calls) for source, calls, _, _ in new]
+    _REPORTS.update(zip(new, sandbox.run(jobs, call_seconds, answer_seconds, workers)))
+    for (reference, _), task in dict(zip(pairs, tasks)).items():
+        if reference in new:
+            warn_of_failures(task, _REPORTS[reference])
+
+    # 3. compare, call by call
+    rewards = []
+    for reference, answer in pairs:
+        calls = list(zip(_REPORTS[reference], _REPORTS[answer]))
+        passed = [wanted == found and not failed(wanted) for wanted, found in calls]
+        rewards.append(sum(passed) / max(1, len(calls)))
+
+    # 4. forget what ran out of time or memory, which may do better another time, and what is oldest
+    for program in new:
+        if any(report.startswith("!out") for report in _REPORTS[program]):
+            del _REPORTS[program]
+    for program in list(_REPORTS)[:-100_000]:
+        del _REPORTS[program]
+    return rewards
+
+
+def failed(report):
+    """Whether a call gave no value: its report is then "!" and what went wrong."""
+    return report.startswith("!")
+
+
+def warn_of_failures(task, reports):
+    """Say on which calls a reference fails."""
+    for (name, call), report in zip(task.test_cases.items(), reports):
+        if failed(report):
+            print(f"{task.where}: broken task: its reference fails on {name}, {call}: {report[1:]}", file=sys.stderr)
