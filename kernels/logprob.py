@@ -15,11 +15,12 @@ nano.py computes the same numbers without any of the three.
 Place in the data flow: (input_ids, turn_ids) from `env.render` -> `lay_out` -> `turn_logprobs` -> sums and lengths
 per turn. Exercised by `python -m pytest tests/test_kernels.py` and measured by `python -m bench.speed`.
 
-Shapes: B examples, T tokens, K turns, D hidden, V vocabulary, N agent tokens in the batch.
+Shapes: B examples, R rows of the batch, T tokens, K turns, D hidden, V vocabulary, N agent tokens in the batch.
 """
 import importlib.util
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from kernels.prefix import Tree, can_share, head_is_plain, say_once, share
@@ -30,15 +31,21 @@ WORTH = 0.8  # trees have to save a fifth of the tokens, padding included
 
 # ------------------------------------------------------------------ the head
 
+def at_least_fp32(tensor):
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
 
 def _exponentials(hidden_ND, weight_VD, targets_N):
     """exp(logits - max) of every row but for its target, where a 0 stands, the sum with the target, and the target's
     log-prob. bf16 is summed in fp32."""
-    logits_NV = (hidden_ND @ weight_VD.T).to(torch.promote_types(hidden_ND.dtype, torch.float32))
-    chosen_N1, max_N1 = logits_NV.gather(-1, targets_N[:, None]), logits_NV.amax(-1, keepdim=True)
+    target_N1 = targets_N[:, None]
+    logits_NV = at_least_fp32(hidden_ND @ weight_VD.T)
+    chosen_N1 = logits_NV.gather(-1, target_N1)
+    max_N1 = logits_NV.amax(-1, keepdim=True)
     exp_NV = logits_NV.sub_(max_N1).exp_()
     sum_N1 = exp_NV.sum(-1, keepdim=True)
-    return exp_NV.scatter_(-1, targets_N[:, None], 0.0), sum_N1, chosen_N1 - max_N1 - sum_N1.log()
+    logprob_N1 = chosen_N1 - max_N1 - sum_N1.log()
+    return exp_NV.scatter_(-1, target_N1, 0.0), sum_N1, logprob_N1
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -53,35 +60,44 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, chunk, keep):
-        ctx.chunk, kept, logprobs = chunk, [], []
-        for i, (h, y) in enumerate(zip(hidden_ND.split(chunk), targets_N.split(chunk))):
-            parts = _exponentials(h, weight_VD, y)
+        ctx.chunk = chunk
+        kept, logprobs = [], []
+        for i, start in enumerate(range(0, len(targets_N), chunk)):
+            rows = slice(start, start + chunk)
+            parts = _exponentials(hidden_ND[rows], weight_VD, targets_N[rows])
             logprobs.append(parts[2].squeeze(-1))
             if i < keep:
                 kept += parts
             del parts  # before the next ones are made
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, *kept)
-        return torch.cat(logprobs)
+        return torch.cat(logprobs) if logprobs else at_least_fp32(hidden_ND.new_zeros(0))
 
     @staticmethod
     def backward(ctx, grad_N):
         hidden_ND, weight_VD, targets_N, *kept = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden_ND)
-        grad_weight = torch.zeros_like(weight_VD, dtype=grad_N.dtype) if ctx.needs_input_grad[1] else None
-        for i, rows in enumerate(torch.arange(len(targets_N), device=hidden_ND.device).split(ctx.chunk)):
+        learns_weight = ctx.needs_input_grad[1]
+        grad_hidden_ND = torch.empty_like(hidden_ND)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=grad_N.dtype) if learns_weight else None
+        for i, start in enumerate(range(0, len(targets_N), ctx.chunk)):
+            rows = slice(start, start + ctx.chunk)
             h, y, g = hidden_ND[rows], targets_N[rows], grad_N[rows, None]
-            exp, total, logprob = kept[3 * i:3 * i + 3] or _exponentials(h, weight_VD, y)
-            rest = -torch.expm1(logprob)  # 1 - p_y
-            grad_hidden[rows] = (g * (rest * weight_VD[y] - exp.to(weight_VD.dtype) @ weight_VD / total)).to(h.dtype)
-            if grad_weight is not None:
-                grad_weight.addmm_(exp.T, h * (g / total), alpha=-1)
-                grad_weight.index_add_(0, y, h * (g * rest))
-            del exp
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None, None
+            parts = kept[3 * i:3 * i + 3] or _exponentials(h, weight_VD, y)
+            exp_NV, sum_N1, logprob_N1 = parts
+            rest_N1 = -torch.expm1(logprob_N1)  # 1 - p_y
+            others_ND = exp_NV.to(weight_VD.dtype) @ weight_VD / sum_N1
+            grad_hidden_ND[rows] = (g * (rest_N1 * weight_VD[y] - others_ND)).to(h.dtype)
+            if learns_weight:
+                grad_weight_VD.addmm_(exp_NV.T, h * (g / sum_N1), alpha=-1)
+                grad_weight_VD.index_add_(0, y, h * (g * rest_N1))
+            del exp_NV, parts  # before the next ones are made
+        if learns_weight:
+            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
+        return grad_hidden_ND, grad_weight_VD, None, None, None
 
 
 def _use_triton(hidden_ND, weight_VD):
-    if not hidden_ND.is_cuda or hidden_ND.dtype != weight_VD.dtype or hidden_ND.dtype == torch.float64:
+    dtype = hidden_ND.dtype
+    if not hidden_ND.is_cuda or dtype != weight_VD.dtype or dtype == torch.float64:
         return False
     if importlib.util.find_spec("triton") is None:
         say_once("Triton is not installed; the head runs in plain PyTorch, a chunk of rows at a time")
@@ -101,7 +117,9 @@ def token_logprobs(hidden_ND, weight_VD, targets_N, chunk=None, keep=4):
         from kernels.triton_logprob import fused_logprobs
         return fused_logprobs(hidden_ND, weight_VD, targets_N)
     chunk = chunk or max(1, 2 ** 22 // len(weight_VD))
-    return _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, chunk, keep if torch.is_grad_enabled() else 0)
+    if not torch.is_grad_enabled():
+        keep = 0
+    return _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, chunk, keep)
 
 
 # ------------------------------------------------------------------ log-probs per turn
@@ -139,8 +157,10 @@ def lay_out(model, examples):
     owner_ids says which example a token belongs to: 0 the prefix, b + 1 example b, -1 padding.
     """
     prefixes = [_prefix(example) for example in examples]
-    branch_lengths = [len(input_ids) - len(prefix) for (input_ids, _), prefix in zip(examples, prefixes)]
-    short = max(len(prefix) for prefix in prefixes) <= SHORT  # then the prefix is part of the row, not of a cache
+    lengths = [len(input_ids) for input_ids, _ in examples]
+    branch_lengths = [length - len(prefix) for length, prefix in zip(lengths, prefixes)]
+    longest_prefix = max(map(len, prefixes))
+    short = longest_prefix <= SHORT  # then the prefix is part of the row, not of a cache
 
     # 1. fill the rows
     rows = {}  # which row -> its three lists
@@ -148,29 +168,32 @@ def lay_out(model, examples):
         input_ids, turn_ids = examples[b]
         n = len(prefixes[b])
         if row_key not in rows:
-            rows[row_key] = {"input_ids": [], "turn_ids": [], "owner_ids": []}
-            if short:
-                rows[row_key] = {"input_ids": list(prefixes[b]), "turn_ids": [0] * n, "owner_ids": [0] * n}
+            inside = n if short else 0
+            rows[row_key] = {
+                "input_ids": list(input_ids[:inside]),
+                "turn_ids": [0] * inside,
+                "owner_ids": [0] * inside,
+            }
         row = rows[row_key]
         row["input_ids"] += input_ids[n:]
         row["turn_ids"] += [0] + list(turn_ids[n + 1:])  # a branch's first token is predicted by nothing in the branch
-        row["owner_ids"] += [b + 1] * (len(input_ids) - n)
+        row["owner_ids"] += [b + 1] * branch_lengths[b]
 
     # 2. is it worth it? compare the tokens that go through the model
     width = max(len(row["input_ids"]) for row in rows.values())
     shared_tokens = len(rows) * width
     if not short:
-        distinct = len({first for first, _ in rows})
-        shared_tokens += distinct * max(len(prefix) for prefix in prefixes)
-    plain_tokens = len(examples) * max(len(input_ids) for input_ids, _ in examples)
+        shared_tokens += len(set(prefixes)) * longest_prefix
+    plain_tokens = len(examples) * max(lengths)
     if shared_tokens > WORTH * plain_tokens or not can_share(model):
         return collate(examples, model.device)
 
     # 3. pad the rows on the right
-    batch = {"prefixes": [() if short else prefixes[first] for first, _ in rows]}
+    batch = {}
     for name, padding in (("input_ids", 0), ("turn_ids", 0), ("owner_ids", -1)):
-        padded = [row[name] + [padding] * (width - len(row[name])) for row in rows.values()]
-        batch[name] = torch.tensor(padded, device=model.device)
+        tensors = [torch.tensor(row[name]) for row in rows.values()]
+        batch[name] = pad_sequence(tensors, batch_first=True, padding_value=padding).to(model.device)
+    batch["prefixes"] = [() if short else prefixes[first] for first, _ in rows]
     return batch
 
 
@@ -180,31 +203,38 @@ def turn_logprobs(model, batch):
     batch: from `lay_out` or `collate`. Returns sums_BK (nats, differentiable) and lengths_BK, where K is the last
     turn in the batch and column k-1 is turn k; a turn that an example lacks has sum 0 and length 0.
     """
-    input_ids, turn_ids, owner_ids = batch["input_ids"], batch["turn_ids"], batch.get("owner_ids")
-    row_N, position_N = (turn_ids[:, 1:] > 0).nonzero(as_tuple=True)  # position t predicts token t + 1
-    targets_N, turn_N = input_ids[row_N, position_N + 1], turn_ids[row_N, position_N + 1]
-    if owner_ids is None:
-        B, example_N, inputs = len(input_ids), row_N, {"input_ids": input_ids, "use_cache": False}
+    input_RT, turn_RT = batch["input_ids"], batch["turn_ids"]
+    row_N, position_N = torch.where(turn_RT[:, 1:] > 0)  # position t predicts token t + 1
+    targets_N = input_RT[row_N, position_N + 1]
+    turn_N = turn_RT[row_N, position_N + 1]
+    if "owner_ids" in batch:
+        owner_RT = batch["owner_ids"]
+        B = int(owner_RT.max())
+        example_N = owner_RT[row_N, position_N + 1] - 1
+        inputs = Tree(model, batch["prefixes"]).inputs(input_RT, owner_RT)
     else:
-        B, example_N = int(owner_ids.max()), owner_ids[row_N, position_N + 1] - 1
-        inputs = Tree(model, batch["prefixes"]).inputs(input_ids, owner_ids)
+        B = len(input_RT)
+        example_N = row_N
+        inputs = {"input_ids": input_RT, "use_cache": False}
     if head_is_plain(model):
         hidden_ND = model.base_model(**inputs).last_hidden_state[row_N, position_N]
         logprobs_N = token_logprobs(hidden_ND, model.get_output_embeddings().weight, targets_N)
     else:
-        logits_NV = model(**inputs).logits[row_N, position_N]
-        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        logits_NV = at_least_fp32(model(**inputs).logits[row_N, position_N])
         logprobs_N = logits_NV.log_softmax(-1).gather(-1, targets_N[:, None]).squeeze(-1)
-    K = max(int(turn_ids.max()), 1)
-    cell_N = example_N * K + turn_N - 1
-    sums = torch.zeros(B * K, dtype=logprobs_N.dtype, device=logprobs_N.device).index_add(0, cell_N, logprobs_N)
+    K = max(int(turn_RT.max()), 1)
+    cell_N = example_N * K + turn_N - 1  # where each token's log-prob belongs in a flat B x K
+    sums = logprobs_N.new_zeros(B * K).index_add(0, cell_N, logprobs_N)
     lengths = torch.zeros_like(sums).index_add(0, cell_N, torch.ones_like(logprobs_N))
     return sums.view(B, K), lengths.view(B, K)
 
 
 def agent_tokens(examples):
-    """How many agent tokens an example of a list of (input_ids, turn_ids) has, in the mean."""
-    return sum(turn > 0 for _, turn_ids in examples for turn in turn_ids) / len(examples)
+    """How many agent tokens an example of a list of (input_ids, turn_ids) has, on average."""
+    tokens = 0
+    for _, turn_ids in examples:
+        tokens += sum(turn > 0 for turn in turn_ids)
+    return tokens / len(examples)
 
 
 def pad_turns(rows, like_BK):
@@ -227,7 +257,10 @@ def pair_logprobs(model, pairs):
 
 def pair_sizes(pairs):
     """Tokens of each pair, so that pairs of like length share a batch."""
-    return [len(pair["chosen"][0]) + len(pair["rejected"][0]) for pair in pairs]
+    sizes = []
+    for pair in pairs:
+        sizes.append(sum(len(pair[side][0]) for side in ("chosen", "rejected")))
+    return sizes
 
 
 @torch.no_grad()
@@ -246,21 +279,26 @@ def reference_sums(model, examples, batch_tokens=16384, label=None):
         representative.append(first.setdefault(content, i))
 
     # 2. batches of neighbours: same prefix first, then prefixes of like length
+    lengths = [len(input_ids) for input_ids, _ in examples]
     prefixes = [_prefix(example) for example in examples]
-    order = sorted(first.values(), key=lambda i: (len(prefixes[i]), prefixes[i], len(examples[i][0])))
-    batches, tokens = [], 0
-    for i in order:
-        same_prefix = len(batches) > 0 and prefixes[batches[-1][-1]] == prefixes[i]
-        cost = len(examples[i][0]) - (len(prefixes[i]) if same_prefix else 0)  # a shared prefix counts once
+
+    def neighbourhood(i):
+        return len(prefixes[i]), prefixes[i], lengths[i]
+    batches, tokens, before = [], 0, None
+    for i in sorted(first.values(), key=neighbourhood):
+        cost = lengths[i]
+        if prefixes[i] == before:
+            cost -= len(prefixes[i])  # a shared prefix counts once
         if not batches or tokens + cost > batch_tokens:
             batches.append([])
-            tokens, cost = 0, len(examples[i][0])
+            tokens, cost = 0, lengths[i]
         batches[-1].append(i)
         tokens += cost
+        before = prefixes[i]
 
     # 3. score them
-    sums = [None] * len(examples)
-    with tqdm(total=len(order), desc=f"{label or '':>12}", disable=label is None, mininterval=0.5) as bar:
+    sums = {}
+    with tqdm(total=len(first), desc=f"{label or '':>12}", disable=label is None, mininterval=0.5) as bar:
         for batch in batches:
             sums_BK, _ = turn_logprobs(model, lay_out(model, [examples[i] for i in batch]))
             for i, row in zip(batch, sums_BK.tolist()):
@@ -273,6 +311,9 @@ def reference_sums(model, examples, batch_tokens=16384, label=None):
 def add_reference(model, pairs):
     """pi_ref's log-probs for a list of {"chosen": example, "rejected": example}: adds "ref_chosen" and "ref_rejected".
     To be called before the first step, while the model still is pi_ref."""
-    sides = [(pair, side) for pair in pairs for side in ("chosen", "rejected")]
-    for (pair, side), sums in zip(sides, reference_sums(model, [pair[side] for pair, side in sides], label="pi_ref")):
-        pair[f"ref_{side}"] = sums
+    examples = []
+    for pair in pairs:
+        examples += [pair["chosen"], pair["rejected"]]
+    sums = reference_sums(model, examples, label="pi_ref")
+    for i, pair in enumerate(pairs):
+        pair["ref_chosen"], pair["ref_rejected"] = sums[2 * i:2 * i + 2]

@@ -39,66 +39,93 @@ def _dot(a, b, total, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def _tile(hidden, weight, n, v, N, V, D: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
-          WIDEN: tl.constexpr):
+def _read(matrix, row, column, ROWS, D: tl.constexpr):
+    """Block of a matrix with D columns: rows `row`, columns `column`, 0 where there is none."""
+    there = (row < ROWS) & (column < D)
+    return tl.load(matrix + row * D + column, mask=there, other=0.0)
+
+
+@triton.jit
+def _tile(hidden, weight, n, v, N, V, D: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
+          BD: tl.constexpr, WIDEN: tl.constexpr):
     """Logits of rows n (BN of them) and tokens v (BV): the matrix product, BD columns at a time, summed in fp32."""
     logits = tl.zeros((BN, BV), dtype=tl.float32)
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
         # h is BN x BD; w is read as BD x BV, that is, transposed: only the addresses change
-        h = tl.load(hidden + n[:, None] * D + d[None, :], mask=(n[:, None] < N) & (d[None, :] < D), other=0.0)
-        w = tl.load(weight + v[None, :] * D + d[:, None], mask=(v[None, :] < V) & (d[:, None] < D), other=0.0)
+        h = _read(hidden, n[:, None], d[None, :], N, D)
+        w = _read(weight, v[None, :], d[:, None], V, D)
         logits = _dot(h, w, logits, WIDEN)
-    return tl.where(v[None, :] < V, logits, float("-inf"))  # a token past the end has probability 0
+    exists = v[None, :] < V
+    return tl.where(exists, logits, float("-inf"))  # a token past the end has probability 0
 
 
 @triton.jit
-def _forward(hidden, weight, targets, tops, sums, chosen, N, V, D: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
-             BD: tl.constexpr, WIDEN: tl.constexpr):
+def _block(axis: tl.constexpr, B: tl.constexpr):
+    """The B numbers that this program has on an axis; in 64 bits, because N x D and V x D can pass 2 billion."""
+    place = tl.program_id(axis).to(tl.int64)
+    return place * B + tl.arange(0, B)
+
+
+@triton.jit
+def _forward(hidden, weight, targets, tops, sums, chosen, N, V,
+             D: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, WIDEN: tl.constexpr):
     """Program (i, j): rows of block i, tokens of block j."""
-    n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)  # 64 bits: N x D and V x D can pass 2 billion
-    v = tl.program_id(1).to(tl.int64) * BV + tl.arange(0, BV)
+    n = _block(0, BN)
+    v = _block(1, BV)
     logits = _tile(hidden, weight, n, v, N, V, D, BN, BV, BD, WIDEN)
     top = tl.max(logits, 1)  # subtracted before exp: nothing overflows
-    tl.store(tops + tl.program_id(1).to(tl.int64) * N + n, top, mask=n < N)
-    tl.store(sums + tl.program_id(1).to(tl.int64) * N + n, tl.sum(tl.exp(logits - top[:, None]), 1), mask=n < N)
+    total = tl.sum(tl.exp(logits - top[:, None]), 1)
+    row = tl.program_id(1).to(tl.int64) * N + n
+    tl.store(tops + row, top, mask=n < N)
+    tl.store(sums + row, total, mask=n < N)
     y = tl.load(targets + n, mask=n < N, other=-1)
     hit = v[None, :] == y[:, None]  # at most one True a row; only one tile of a row has it, so no two programs write
-    tl.store(chosen + n, tl.sum(tl.where(hit, logits, 0.0), 1), mask=(n < N) & (tl.sum(hit.to(tl.int32), 1) > 0))
+    found = tl.sum(hit.to(tl.int32), 1) > 0
+    logit = tl.sum(tl.where(hit, logits, 0.0), 1)
+    tl.store(chosen + n, logit, mask=(n < N) & found)
 
 
 @triton.jit
-def _backward(hidden, weight, targets, top, total, grad, grad_hidden, grad_weight, first, N, V, D: tl.constexpr,
-              BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, WIDEN: tl.constexpr,
+def _backward(hidden, weight, targets, top, total, grad, grad_hidden, grad_weight, first, N, V,
+              D: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, WIDEN: tl.constexpr,
               HIDDEN: tl.constexpr, WEIGHT: tl.constexpr):
     """Program (i, j): rows of block i, tokens of block j counted from `first`. Many programs add to one number of the
     gradient, so they add atomically, in fp32; in which order is the GPU's choice, and the last digits with it."""
-    n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
-    place = tl.program_id(1).to(tl.int64) * BV + tl.arange(0, BV)  # row of grad_weight, which holds SLICE rows
+    n = _block(0, BN)
+    place = _block(1, BV)  # row of grad_weight, which holds SLICE rows
     v = first + place
     logits = _tile(hidden, weight, n, v, N, V, D, BN, BV, BD, WIDEN)
-    g = tl.load(grad + n, mask=n < N, other=0.0)
-    y = tl.load(targets + n, mask=n < N, other=-1)
-    softmax = tl.exp(logits - tl.load(top + n, mask=n < N, other=0.0)[:, None])
-    softmax /= tl.load(total + n, mask=n < N, other=1.0)[:, None]
-    onehot = tl.where(v[None, :] == y[:, None], 1.0, 0.0)
-    delta = (g[:, None] * (onehot - softmax)).to(hidden.dtype.element_ty)  # in bf16 for the fast matrix units
+    row_exists = n < N
+    g = tl.load(grad + n, mask=row_exists, other=0.0)
+    y = tl.load(targets + n, mask=row_exists, other=-1)
+    row_top = tl.load(top + n, mask=row_exists, other=0.0)
+    row_total = tl.load(total + n, mask=row_exists, other=1.0)
+    softmax = tl.exp(logits - row_top[:, None]) / row_total[:, None]
+    hit = v[None, :] == y[:, None]
+    onehot = tl.where(hit, 1.0, 0.0)
+    delta = g[:, None] * (onehot - softmax)
+    delta = delta.to(hidden.dtype.element_ty)  # in bf16 for the fast matrix units
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
-        n_in, v_in = (n[:, None] < N) & (d[None, :] < D), (v[:, None] < V) & (d[None, :] < D)
+        column = d[None, :]
         if HIDDEN:
-            w = tl.load(weight + v[:, None] * D + d[None, :], mask=v_in, other=0.0)
+            w = _read(weight, v[:, None], column, V, D)
             change = _dot(delta, w, tl.zeros((BN, BD), dtype=tl.float32), WIDEN)
-            tl.atomic_add(grad_hidden + n[:, None] * D + d[None, :], change, mask=n_in)
+            there = row_exists[:, None] & (column < D)
+            tl.atomic_add(grad_hidden + n[:, None] * D + column, change, mask=there)
         if WEIGHT:
-            h = tl.load(hidden + n[:, None] * D + d[None, :], mask=n_in, other=0.0)
+            h = _read(hidden, n[:, None], column, N, D)
             change = _dot(tl.trans(delta), h, tl.zeros((BV, BD), dtype=tl.float32), WIDEN)
-            tl.atomic_add(grad_weight + place[:, None] * D + d[None, :], change, mask=v_in)
+            there = (v < V)[:, None] & (column < D)
+            tl.atomic_add(grad_weight + place[:, None] * D + column, change, mask=there)
 
 
 def _blocks(hidden_ND):
     """Half as many columns at a time for fp32: what a program holds then fits into the fast memory of small GPUs."""
-    return BLOCKS if hidden_ND.element_size() == 2 else {**BLOCKS, "BD": max(16, BLOCKS["BD"] // 2)}
+    if hidden_ND.element_size() == 2:
+        return BLOCKS
+    return {**BLOCKS, "BD": max(16, BLOCKS["BD"] // 2)}
 
 
 class _FusedLogprobs(torch.autograd.Function):
@@ -111,9 +138,11 @@ class _FusedLogprobs(torch.autograd.Function):
         tiles = triton.cdiv(V, BLOCKS["BV"])
         tops_JN, sums_JN = hidden_ND.new_empty(2, tiles, N, dtype=torch.float32)
         chosen_N = hidden_ND.new_empty(N, dtype=torch.float32)
+        grid = (triton.cdiv(N, BLOCKS["BN"]), tiles)
         if N:
-            _forward[triton.cdiv(N, BLOCKS["BN"]), tiles](hidden_ND, weight_VD, targets_N, tops_JN, sums_JN, chosen_N,
-                                                          N, V, D, **_blocks(hidden_ND), WIDEN=WIDEN)
+            _forward[grid](
+                hidden_ND, weight_VD, targets_N, tops_JN, sums_JN, chosen_N, N, V, D,
+                **_blocks(hidden_ND), WIDEN=WIDEN)
         top_N = tops_JN.amax(0)
         total_N = (sums_JN * (tops_JN - top_N).exp()).sum(0)
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, top_N, total_N)
@@ -130,9 +159,11 @@ class _FusedLogprobs(torch.autograd.Function):
         for first in range(0, V if N else 0, SLICE):
             rows = min(SLICE, V - first)
             part = hidden_ND.new_zeros(rows if wants_weight else 1, D, dtype=torch.float32)
-            _backward[triton.cdiv(N, BLOCKS["BN"]), triton.cdiv(rows, BLOCKS["BV"])](
-                hidden_ND, weight_VD, targets_N, top_N, total_N, grad_N.contiguous(), grad_hidden, part, first, N,
-                first + rows, D, **_blocks(hidden_ND), WIDEN=WIDEN, HIDDEN=wants_hidden, WEIGHT=wants_weight)
+            grid = (triton.cdiv(N, BLOCKS["BN"]), triton.cdiv(rows, BLOCKS["BV"]))
+            _backward[grid](
+                hidden_ND, weight_VD, targets_N, top_N, total_N, grad_N.contiguous(),
+                grad_hidden, part, first, N, first + rows, D,
+                **_blocks(hidden_ND), WIDEN=WIDEN, HIDDEN=wants_hidden, WEIGHT=wants_weight)
             if wants_weight:
                 grad_weight[first:first + rows] = part
         return grad_hidden.to(hidden_ND.dtype), grad_weight, None
