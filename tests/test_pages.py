@@ -666,3 +666,20 @@ def test_graded_damage_is_ordered(real):
     area = np.mean([[(a > b) + 0.5 * (a == b) for b in other] for a in one])
     print(f"{len(chains)} chains, {ordered:.3f} ordered, AUC {area:.4f}")
     assert ordered >= 0.95 and area >= 0.97
+
+
+@pytest.mark.parametrize("source, seen", [
+    # what has no box of its own is there if what it stands in is
+    ("<p style='display:contents'>one <b style='display:contents'>two</b></p>", "one two"),
+    ("<div style='visibility:hidden'><p style='display:contents'>one</p></div>", ""),
+    # an option has a label that people read in the place of its text
+    ("<select><option label='North'>n</option></select>", "North"),
+    # what is far down and drawn only when it comes into the window
+    ("<div style='height:1500px'></div><div style='content-visibility:auto'>deep</div>", "deep"),
+    # a thin colour over a text hides nothing, a solid one hides it
+    ("<p>words</p><div style='position:fixed;inset:0;background:rgba(0,0,0,.1)'></div>", "words"),
+    ("<p>words</p><div style='position:fixed;inset:0;background:#fff'></div>", ""),
+    ("<p>words</p><div style='position:fixed;inset:0;background:#fff;visibility:hidden'></div>", "words"),
+])
+def test_what_a_person_sees_is_seen(source, seen):
+    assert " ".join(" ".join(texts(f"<body>{source}</body>")).split()) == seen

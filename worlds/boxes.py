@@ -65,7 +65,7 @@ class Node:
                 or self.tag in PICTURES or self.tag in FIELDS)
 
     def inline(self):
-        return self.style.get("display") in ("inline", "contents") or self.tag == "::marker"
+        return self.style.get("display", "inline") == "inline" or self.tag == "::marker"
 
 
 @dataclass
@@ -378,7 +378,8 @@ def side_by_side(item, items):
 def record(item, items):
     ink = item.back if item.ink is None else item.ink
     back, ink = ([round(float(value)) for value in colour] for colour in (item.back, ink))
-    return {"tag": item.tag, "part": item.node.element["part"], "text": item.text, "letters": item.letters or item.rect,
+    part = (item.writer or item.node).element["part"]
+    return {"tag": item.tag, "part": part, "text": item.text, "letters": item.letters or item.rect,
             "solid": item.solid, "picture": item.picture, "rect": item.rect, "back": back, "ink": ink,
             "font": item.font, "row": side_by_side(item, items)}
 

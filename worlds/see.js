@@ -20,17 +20,29 @@ tallest => {
   // The words that a person reads in a field.
   const unread = ["checkbox", "radio", "hidden", "color", "range", "file", "image"];
   const typed = el => {
-    if (el.tagName === "SELECT") return el.multiple || el.size > 1 ? "" : el.selectedOptions[0]?.text ?? "";
+    if (el.tagName === "SELECT") return el.multiple || el.size > 1 ? "" : el.selectedOptions[0]?.label ?? "";
     if (unread.includes(el.type)) return "";
     const label = {submit: "Submit", reset: "Reset"}[el.type] ?? el.placeholder;
     return el.value ? (el.type === "password" ? "" : el.value) : label;
+  };
+
+  // What has no box of its own (display: contents) is there if what it stands in is.
+  const shown = el => getComputedStyle(el).display === "contents" ? shown(el.parentElement)
+    : el.checkVisibility({opacityProperty: true, visibilityProperty: true});
+
+  // Does an element hide what lies under it? Through a thin colour one sees: there the pixels decide.
+  const covers = el => {
+    const {backgroundColor, backgroundImage} = getComputedStyle(el);
+    const picture = /url\(|gradient/.test(backgroundImage) && !/rgba|\/ [\d.]+\)/.test(backgroundImage);
+    const opaque = !/^rgba|\/ [\d.]+\)$/.test(backgroundColor);
+    return shown(el) && (opaque || picture || /^(img|canvas|input|textarea|select)$/i.test(el.tagName));
   };
 
   const describe = (el, number) => {
     const style = getComputedStyle(el), tag = el.tagName.toLowerCase();
     const field = ["input", "textarea", "select"].includes(tag);
     el.setAttribute("data-nth", number);
-    if (!el.checkVisibility({opacityProperty: true, visibilityProperty: true})) return null;
+    if (!shown(el)) return null;
     const nodes = [...el.childNodes].filter(node => node.nodeType === 3 && node.data.trim());
     const text = field ? typed(el).replace(/\s+/g, " ").trim() : "";
     const border = parseFloat(style.borderTopWidth) > 0 || parseFloat(style.borderLeftWidth) > 0;
@@ -69,8 +81,11 @@ tallest => {
     scrollTo(0, top);
     hold(scrollY);
     for (const box of found) for (const [x, y] of spots(box)) if (y >= top && y < top + innerHeight) {
-      const hit = document.elementFromPoint(x - scrollX, y - scrollY);
-      if (hit && (box.el.contains(hit) || (hit.contains(box.el) && !box.solid))) box.seen += 1;
+      const at = [x - scrollX, y - scrollY], hit = document.elementFromPoint(...at);
+      if (!hit) continue;
+      if (box.el.contains(hit) || (hit.contains(box.el) && !box.solid)) box.seen += 1;
+      else if (box.el.contains(document.elementsFromPoint(...at).find(el => box.el.contains(el) || covers(el))))
+        box.seen += 1;
     }
   }
   scrollTo(0, 0);

@@ -2,14 +2,26 @@
 // worlds/browser.py, which has pictures that move, <marquee> and the motion that SVG describes stand at their start.
 //
 // What ends is shown as it ends: a page that fades in is there, a splash that fades out is gone. What goes on for ever
-// is shown as it would be without moving or, where nothing would be seen of it then, half-way through a round.
+// is shown as it would be without moving or, where nothing would be seen of it then, as it begins, or else half-way
+// through a round.
 async () => {
   const sheet = new CSSStyleSheet();
   sheet.replaceSync(`*, ::before, ::after {transition: none !important; caret-color: transparent !important;
     scroll-behavior: auto !important} noscript {display: none !important}`);
   document.adoptedStyleSheets = [sheet];
 
-  const seen = el => !el || el.checkVisibility({opacityProperty: true, visibilityProperty: true});
+  for (const el of document.querySelectorAll("*")) {  // what is drawn when it comes into the window is drawn
+    if (getComputedStyle(el).contentVisibility !== "auto") continue;
+    el.style.setProperty("content-visibility", "visible", "important");
+  }
+
+  const seen = ({target, pseudoElement}) => {
+    if (!target) return true;
+    const {opacity, visibility} = getComputedStyle(target, pseudoElement);
+    const {width, height} = target.getBoundingClientRect();
+    return target.checkVisibility({opacityProperty: true}) && visibility === "visible" && opacity > 0.1
+      && width * height > 9;
+  };
   const goesOn = ({timeline, effect}) =>
     timeline !== document.timeline || effect.getComputedTiming().endTime === Infinity;
   for (let round = 0; round < 3; round += 1) {  // the end of one may be the start of another
@@ -18,10 +30,12 @@ async () => {
       if (goesOn(motion)) motion.cancel();
       else motion.finish();
     }
-    for (const motion of motions.filter(motion => goesOn(motion) && !seen(motion.effect.target))) {
+    for (const motion of motions.filter(motion => goesOn(motion) && !seen(motion.effect))) {
       motion.timeline = document.timeline;
-      motion.effect.updateTiming({delay: 0, duration: 1000});
       motion.pause();
+      motion.currentTime = 1;
+      if (seen(motion.effect)) continue;
+      motion.effect.updateTiming({delay: 0, duration: 1000});
       motion.currentTime = 500;
     }
   }
