@@ -10,19 +10,20 @@ where the record of a box is described. Runs in the worker process. Exercised by
 
 Lengths are pixels, rects [x, y, width, height], colours [r, g, b] in 0..255.
 """
+import math
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
-STYLES = ("display", "font-size", "-webkit-text-fill-color", "fill", "background-color", "background-image",
-          "background-clip", "border-top-width", "border-left-width", "border-bottom-width", "border-right-width",
-          "outline-style", "box-shadow", "filter", "mix-blend-mode", "zoom", "transform")
-BORDERS = tuple(style for style in STYLES if style.startswith("border"))
+BORDERS = ("border-top-width", "border-left-width", "border-bottom-width", "border-right-width")
+PAINTS = ("background-image", "outline-style", "box-shadow")
+STYLES = ("display", "font-size", "-webkit-text-fill-color", "fill", "background-color", "background-clip",
+          *PAINTS, *BORDERS, "filter", "mix-blend-mode", "zoom", "transform")
 FIELDS = ("input", "textarea", "select")
 PICTURES = ("img", "svg", "canvas")
-NAMED = ("a", "li", "button", "h1", "h2", "h3", "h4", "nav", "header", "footer", "aside")  # tags that tell what it is
+NAMED = "a li button h1 h2 h3 h4 nav header footer aside".split()  # tags that tell what it is
 GRID = 32            # samples of a box's pixels, across and down
 LETTERS = 6_000      # samples of a text's pixels
 WHOLE = 0.99         # a plain box that covers this much of the page is its background
@@ -59,10 +60,13 @@ class Node:
         """Does it declare something that can be seen besides letters?"""
         if not self.style or self.tag.startswith("#") or self.style["background-clip"] == "text":
             return False
-        return (not re.search(CLEAR, self.style["background-color"])
-                or any(self.style[name] != "none" for name in ("background-image", "outline-style", "box-shadow"))
-                or any(self.style[name] != "0px" for name in BORDERS)
-                or self.tag in PICTURES or self.tag in FIELDS)
+        return (
+            not re.search(CLEAR, self.style["background-color"])
+            or any(self.style[name] != "none" for name in PAINTS)
+            or any(self.style[name] != "0px" for name in BORDERS)
+            or self.tag in PICTURES
+            or self.tag in FIELDS
+        )
 
     def inline(self):
         return self.style.get("display", "inline") == "inline" or self.tag == "::marker"
@@ -93,22 +97,28 @@ class Item:
 def read_layout(snapshot, elements):
     """(nodes, pieces of text: [(node, text, rect)]) of a DOMSnapshot. elements: what see.js says, by number."""
     strings, document = snapshot["strings"], snapshot["documents"][0]
-    tree, layout, lines = document["nodes"], document["layout"], document["textBoxes"]
+    tree = document["nodes"]
+    layout = document["layout"]
+    lines = document["textBoxes"]
     nodes = []
     for name, parent, attributes in zip(tree["nodeName"], tree["parentIndex"], tree["attributes"]):
         names = [strings[i] for i in attributes]
         number = dict(zip(names[::2], names[1::2])).get("data-nth")
         inside = nodes[parent] if parent >= 0 else None
         tag = strings[name].lower()
-        element = inside and inside.element if tag.startswith(("#", "::")) else elements.get(number)
+        if tag.startswith(("#", "::")):
+            element = inside and inside.element
+        else:
+            element = elements.get(number)
         nodes.append(Node(tag, inside, element))
-    for index, bounds, order, values in zip(layout["nodeIndex"], layout["bounds"], layout["paintOrders"],
-                                            layout["styles"]):
+    columns = [layout[name] for name in ("nodeIndex", "bounds", "paintOrders", "styles")]
+    for index, bounds, order, values in zip(*columns):
         node = nodes[index]
         if node.style:
             continue  # the letters of ::before have the same number as its box
-        node.bounds, node.order = bounds, order
-        node.style = dict(zip(STYLES, (strings[value] for value in values)))
+        node.bounds = bounds
+        node.order = order
+        node.style = {name: strings[value] for name, value in zip(STYLES, values)}
     last = list(range(len(nodes)))  # of what lies in a node
     for index in range(len(nodes) - 1, 0, -1):
         parent = tree["parentIndex"][index]
@@ -119,7 +129,8 @@ def read_layout(snapshot, elements):
             return last[tree["parentIndex"][piece]], 1, -piece
         return piece, 0, 0
     pieces = []
-    for index, bounds, start, length in zip(*(lines[key] for key in ("layoutIndex", "bounds", "start", "length"))):
+    columns = [lines[name] for name in ("layoutIndex", "bounds", "start", "length")]
+    for index, bounds, start, length in zip(*columns):
         units = strings[layout["text"][index]].encode("utf-16-le", "surrogatepass")  # offsets count UTF-16
         text = units[2 * start:2 * (start + length)].decode("utf-16-le", "replace")
         pieces.append((layout["nodeIndex"][index], text, bounds))
@@ -133,7 +144,8 @@ def font_size(node):
     for up in node.ancestors():
         if up.style and not up.tag.startswith("#"):
             size *= float(up.style["zoom"])
-            matrix = [float(n) for n in re.findall(r"-?[\d.]+(?:e-?\d+)?", up.style["transform"])]
+            numbers = re.findall(r"-?[\d.]+(?:e-?\d+)?", up.style["transform"])
+            matrix = list(map(float, numbers))
             if len(matrix) == 6:
                 a, b, c, d, *_ = matrix
                 size *= abs(a * d - b * c) ** 0.5
@@ -142,11 +154,12 @@ def font_size(node):
 
 def around(rects, height, width):
     """The smallest rect around others, cut at the page's edges, or None."""
-    real = np.array([rect for rect in rects if rect[2] > 0 and rect[3] > 0]).reshape(-1, 4)
+    real = np.array([rect for rect in rects if min(rect[2:]) > 0])
     if not len(real):
         return None
-    left, top = real[:, :2].min(0).clip(0)
-    right, bottom = (real[:, :2] + real[:, 2:]).max(0).clip(None, (width, height))
+    corner, size = real[:, :2], real[:, 2:]
+    left, top = corner.min(0).clip(0)
+    right, bottom = (corner + size).max(0).clip(None, (width, height))
     if right - left < 1 or bottom - top < 1:
         return None
     return [round(float(value)) for value in (left, top, right - left, bottom - top)]
@@ -176,19 +189,27 @@ def text_runs(pieces):
 def words(run):
     """The text of a run, with a space where the eye sees one and without a list's bullet."""
     text = run[0][1]
-    for (*_, (x, y, width, height)), (_, after, (next_x, next_y, *_)) in pairwise(run):
-        apart = abs(next_y - y) > height / 2 or next_x - (x + width) > height / 5
-        text += " " * apart + after
-    return re.sub(r"^[•◦▪■●‣▸▾]\s*", "", re.sub(r"\s+", " ", text).strip())[:500]
+    for (_, _, before), (_, piece, after) in pairwise(run):
+        x, y, width, height = before
+        below = abs(after[1] - y) > height / 2
+        beside = after[0] - (x + width) > height / 5
+        text += " " + piece if below or beside else piece
+    text = re.sub(r"\s+", " ", text).strip()
+    return re.sub(r"^[•◦▪■●‣▸▾]\s*", "", text)[:500]
 
 
 def owner(run):
     """The element that a person would name for a run: the link, the heading ... that holds all of it."""
-    block = block_of(run[0][0])
-    shared = [node for node in run[0][0].ancestors() if all(node in list(piece.ancestors()) for piece, *_ in run)]
-    within = shared[:shared.index(block) + 1] if block in shared else [block]
-    named = [node for node in within if node.tag in NAMED]
-    return (named or [block])[0]
+    first = run[0][0]
+    block = block_of(first)
+    around_all = [set(map(id, piece.ancestors())) for piece, *_ in run]
+    for node in first.ancestors():
+        shared = all(id(node) in ancestors for ancestors in around_all)
+        if shared and node.tag in NAMED:
+            return node
+        if node is block:
+            break
+    return block
 
 
 def text_items(pieces, height, width):
@@ -208,14 +229,21 @@ def painted_items(nodes, height, width):
         drawn = node.bounds and node.element and node.paints()
         if not drawn or node.parent.within_svg():
             continue
-        image, rect = node.style["background-image"] != "none", around([node.bounds], height, width)
+        rect = around([node.bounds], height, width)
+        if rect is None:
+            continue  # out of sight
+        image = node.style["background-image"] != "none"
         if node.tag == "body" and image:
             rect = [0, 0, width, height]  # it is spread over the whole page
-        if rect is None or not image and rect[2] * rect[3] >= WHOLE * width * height:
-            continue  # out of sight, or the ground of the whole page, whoever declares it
-        items.append(Item(node, rect, True))
+        if not image and rect[2] * rect[3] >= WHOLE * width * height:
+            continue  # the ground of the whole page, whoever declares it
+        item = Item(node, rect, True)
         if node.tag in FIELDS:
-            items[-1] = Item(node, rect, True, node.element["text"][:500], node, rect, font_size(node))
+            item.text = node.element["text"][:500]
+            item.writer = node
+            item.letters = rect
+            item.font = font_size(node)
+        items.append(item)
     return sorted(items, key=lambda item: item.node.order)
 
 
@@ -224,7 +252,8 @@ def painted_items(nodes, height, width):
 def sample(array, rect):
     """At most GRID x GRID values of an image within a rect, in a row."""
     x, y, width, height = rect
-    part = array[y:y + height:-(-height // GRID), x:x + width:-(-width // GRID)]
+    down, across = math.ceil(height / GRID), math.ceil(width / GRID)
+    part = array[y:y + height:down, x:x + width:across]
     return part.reshape(-1, *array.shape[2:])
 
 
@@ -239,7 +268,8 @@ def main_colour(colours):
     packed, share = main_value(colours.astype(np.int32) @ (65536, 256, 1))
     if share < MAIN_SHARE:
         return colours.mean(0), share
-    return np.array((packed >> 16, packed >> 8 & 255, packed & 255), float), share
+    red, green, blue = packed >> 16, packed >> 8 & 255, packed & 255
+    return np.array((red, green, blue), float), share
 
 
 def layer(items, shape):
@@ -255,33 +285,49 @@ def layer(items, shape):
 
 def page_background(pixels, top):
     """The most frequent colour outside of all boxes, or of everything where they leave nothing free."""
-    step = slice(None, None, 8)
-    colours, free = pixels[step, step].reshape(-1, 3), top[step, step].reshape(-1) == 0
-    return main_colour(colours[free] if free.mean() > 0.01 else colours)[0]
+    colours = pixels[::8, ::8].reshape(-1, 3)
+    free = top[::8, ::8].reshape(-1) == 0
+    if free.mean() > 0.01:
+        colours = colours[free]
+    return main_colour(colours)[0]
 
 
 def sides(rect, outside, shape):
     """Indices of the line of pixels along each side, so many pixels outside, where the page goes on that far."""
     x, y, width, height = rect
-    rows, columns = (y - outside, y + height - 1 + outside), (x - outside, x + width - 1 + outside)
-    return ([(row, slice(x, x + width)) for row in rows if 0 <= row < shape[0]]
-            + [(slice(y, y + height), column) for column in columns if 0 <= column < shape[1]])
+    found = []
+    for row in (y - outside, y + height - 1 + outside):
+        if 0 <= row < shape[0]:
+            found.append((row, slice(x, x + width)))
+    for column in (x - outside, x + width - 1 + outside):
+        if 0 <= column < shape[1]:
+            found.append((slice(y, y + height), column))
+    return found
 
 
 def edged(item, k, under, pixels, top):
     """Is there a line along one of its sides, inside, or outside where it has an outline or a shadow?"""
-    lines = [(pixels[side][top[side] == k + 1], item.back) for side in sides(item.rect, 0, pixels.shape)]
-    if item.node.style["outline-style"] != "none" or item.node.style["box-shadow"] != "none":
-        lines += [(pixels[side], under) for side in sides(item.rect, 1, pixels.shape)]
-    return any(len(line) and (np.abs(line - ground).max(-1) >= EDGE).mean() >= EDGE_SHARE for line, ground in lines)
+    def line(colours, ground):
+        apart = np.abs(colours - ground).max(-1)
+        return len(colours) and (apart >= EDGE).mean() >= EDGE_SHARE
+    for side in sides(item.rect, 0, pixels.shape):
+        own = top[side] == k + 1
+        if line(pixels[side][own], item.back):
+            return True
+    style = item.node.style
+    if style["outline-style"] == style["box-shadow"] == "none":
+        return False
+    return any(line(pixels[side], under) for side in sides(item.rect, 1, pixels.shape))
 
 
 def look_at_paint(items, pixels, top, background):
     """Fills in back, solid and picture of the painted items, and back of the texts."""
     for k, item in enumerate(items):
-        colours, own = sample(pixels, item.rect), sample(top, item.rect) == k + 1
+        item.colours = sample(pixels, item.rect)
+        own = sample(top, item.rect) == k + 1
         item.hidden = not own.any()
-        item.colours = colours[own] if item.painted and not item.hidden else colours
+        if item.painted and not item.hidden:
+            item.colours = item.colours[own]
         item.back, _ = main_colour(item.colours)
     for k, item in enumerate(items):
         while item.under >= 0 and items[item.under].hidden:
@@ -295,43 +341,55 @@ def look_at_paint(items, pixels, top, background):
         if item.node.tag in PICTURES or "url(" in image:
             item.picture = bool(item.node.tag == "img" or uneven)
         if not item.picture:
-            item.solid = bool(differs or image != "none" and uneven or item.node.tag in FIELDS
-                              or edged(item, k, under, pixels, top))
-
-
-RECOLOURS = {"filter": "none", "mix-blend-mode": "normal"}
+            item.solid = bool(
+                differs
+                or image != "none" and uneven
+                or item.node.tag in FIELDS
+                or edged(item, k, under, pixels, top)
+            )
 
 
 def declared_ink(node):
     """The colour that a text's style asks for: [r, g, b], or None where something changes it on the way."""
-    style = node.style
-    colour = style["fill" if node.within_svg() else "-webkit-text-fill-color"]
-    changed = any(up.style and (up.style["background-clip"] == "text"
-                                or any(up.style[name] != plain for name, plain in RECOLOURS.items()))
-                  for up in node.ancestors())
+    def recolours(style):
+        return (style["background-clip"] == "text"
+                or style["filter"] != "none"
+                or style["mix-blend-mode"] != "normal")
+    if any(up.style and recolours(up.style) for up in node.ancestors()):
+        return None
+    colour = node.style["fill" if node.within_svg() else "-webkit-text-fill-color"]
     numbers = re.fullmatch(r"rgba?\((\d+), (\d+), (\d+)(?:, [\d.]+)?\)", colour)
-    return None if changed or not numbers else np.array([float(n) for n in numbers.groups()])
+    return numbers and np.array(numbers.groups(), float)
 
 
 def look_at_letters(item, pixels):
     """Fills in the ink; a text that cannot be read becomes empty."""
     x, y, width, height = item.letters
     inset = 3 if item.painted else 0  # the frame of a field is no letter
-    patch = pixels[y + inset:y + height - inset, x + inset:x + width - inset].reshape(-1, 3)
-    patch = patch[::1 + len(patch) // LETTERS].astype(np.float32)
+    rows = slice(y + inset, y + height - inset)
+    columns = slice(x + inset, x + width - inset)
+    patch = pixels[rows, columns].reshape(-1, 3)
+    step = 1 + len(patch) // LETTERS
+    patch = patch[::step].astype(np.float32)
     if not len(patch):
         item.text = ""
         return
     ground, share = main_colour(patch)
-    away = patch - (ground if share >= MAIN_SHARE else np.median(patch, axis=0))
-    distance, wanted = np.linalg.norm(away, axis=-1), declared_ink(item.writer)
+    even = share >= MAIN_SHARE
+    if not even:
+        ground = np.median(patch, axis=0)
+    away = patch - ground
+    distance = np.linalg.norm(away, axis=-1)
     needed = CONTRAST
+    wanted = declared_ink(item.writer)
     if wanted is not None:
         way = wanted - (patch[0] - away[0])
         length = np.linalg.norm(way)
         distance = away @ way / max(length, 1.0)
-        needed = CONTRAST if share >= MAIN_SHARE else UNEVEN_CONTRAST * length
-        needed = needed if length >= CONTRAST else np.inf
+        if not even:
+            needed = UNEVEN_CONTRAST * length
+        if length < CONTRAST:
+            needed = np.inf
     item.ink = patch[distance.argmax()]
     if distance.max() < needed:
         item.text = ""
@@ -341,8 +399,12 @@ def look_at_letters(item, pixels):
 
 def tag_of(node):
     """The tag that tells what a box is: of the node, or of an element around it of the same size."""
-    same = [up for up in node.ancestors() if up.bounds and np.abs(np.subtract(up.bounds, node.bounds)).max() <= 2]
-    return next((up.tag for up in same if up.tag in NAMED), node.tag)
+    for up in node.ancestors():
+        if up.tag in NAMED and up.bounds:
+            apart = np.abs(np.subtract(up.bounds, node.bounds)).max()
+            if apart <= 2:
+                return up.tag
+    return node.tag
 
 
 def join_texts(items):
@@ -359,29 +421,46 @@ def join_texts(items):
         if k < 0 or len(texts) != 1 or items[k].text or any(item.solid for item in members):
             continue
         box, text = items[k], texts[0]
-        box.text, box.letters, box.ink, box.font = text.text, text.letters, text.ink, text.font
-        box.tag = box.tag if box.tag in NAMED or box.tag in FIELDS else text.node.tag
+        box.text = text.text
+        box.letters = text.letters
+        box.ink = text.ink
+        box.font = text.font
+        if box.tag not in NAMED and box.tag not in FIELDS:
+            box.tag = text.node.tag
         kept = [item for item in kept if item is not text]
     return [item for item in kept if not (item.painted and item.hidden)]
 
 
 def side_by_side(item, items):
     """How many like it stand on one line with it, itself included."""
-    x, y, width, height = item.rect
+    def kind(one):
+        return one.solid, one.picture, bool(one.text)
 
     def like(other):
-        near = abs(other.rect[1] - y) <= 3 and abs(other.rect[3] - height) <= 3
-        return near and (other.solid, other.picture, bool(other.text)) == (item.solid, item.picture, bool(item.text))
+        level = abs(other.rect[1] - item.rect[1]) <= 3
+        as_high = abs(other.rect[3] - item.rect[3]) <= 3
+        return level and as_high and kind(other) == kind(item)
     return sum(map(like, items))
 
 
+def whole_numbers(colour):
+    return [round(float(value)) for value in colour]
+
+
 def record(item, items):
-    ink = item.back if item.ink is None else item.ink
-    back, ink = ([round(float(value)) for value in colour] for colour in (item.back, ink))
-    part = (item.writer or item.node).element["part"]
-    return {"tag": item.tag, "part": part, "text": item.text, "letters": item.letters or item.rect,
-            "solid": item.solid, "picture": item.picture, "rect": item.rect, "back": back, "ink": ink,
-            "font": item.font, "row": side_by_side(item, items)}
+    return {
+        "tag": item.tag,
+        "part": (item.writer or item.node).element["part"],
+        "text": item.text,
+        "letters": item.letters or item.rect,
+        "solid": item.solid,
+        "picture": item.picture,
+        "rect": item.rect,
+        "back": whole_numbers(item.back),
+        "ink": whole_numbers(item.back if item.ink is None else item.ink),
+        "font": item.font,
+        "row": side_by_side(item, items),
+    }
 
 
 def see(snapshot, elements, pixels, most):
@@ -403,6 +482,7 @@ def see(snapshot, elements, pixels, most):
     for item in items:
         if not item.painted and id(item.node) in painters:
             item.tag = ""  # one of several texts in a button is no button
-    largest = sorted(items, key=lambda item: -item.rect[2] * item.rect[3])[:most]
-    boxes = [record(item, items) for item in sorted(largest, key=lambda item: (item.rect[1], item.rect[0]))]
-    return boxes, [round(float(value)) for value in background]
+    items_by_size = sorted(items, key=lambda item: -item.rect[2] * item.rect[3])
+    largest = items_by_size[:most]
+    largest.sort(key=lambda item: (item.rect[1], item.rect[0]))
+    return [record(item, items) for item in largest], whole_numbers(background)

@@ -16,6 +16,7 @@ import functools
 import io
 import zlib
 from html import escape
+from itertools import pairwise
 
 import numpy as np
 
@@ -35,21 +36,31 @@ W_BOXES, W_BACKGROUND, W_CELLS = 0.7, 0.1, 0.2                 # of a page
 W_TEXT, W_PLACE, W_SIZE, W_COLOUR = 0.35, 0.25, 0.15, 0.25     # of a pair of boxes
 FAR = 60.0          # in Lab: colours that far apart have nothing in common
 LEAST_LIKE = 0.4    # boxes less like each other are no pair
+TO_XYZ = np.array([
+    [.4124, .2126, .0193],
+    [.3576, .7152, .1192],
+    [.1805, .0722, .9505],
+])
+WHITE = np.array([.9505, 1.0, 1.089])
 
 
 def lab(rgb):
     """sRGB, 0..255 in the last axis -> CIELAB (D65), in which distances are as large as they look."""
     c = np.asarray(rgb, float) / 255
-    c = np.where(c > 0.04045, ((c + 0.055) / 1.055) ** 2.4, c / 12.92)
-    xyz = c @ np.array([[.4124, .2126, .0193], [.3576, .7152, .1192], [.1805, .0722, .9505]]) / (.9505, 1.0, 1.089)
+    linear = np.where(c > 0.04045, ((c + 0.055) / 1.055) ** 2.4, c / 12.92)
+    xyz = linear @ TO_XYZ / WHITE
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
+    fx, fy, fz = np.moveaxis(f, -1, 0)
+    return np.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)], -1)
 
 
 @functools.lru_cache(maxsize=50_000)
 def letter_pairs(text):
     """How often each pair of letters occurs, in 64 bins: two texts share as many pairs as the smaller counts say."""
-    bins = [zlib.crc32(f" {text} "[i:i + 2].encode("utf-8", "replace")) % 64 for i in range(len(text) + 1)]
+    bins = []
+    for pair in pairwise(f" {text} "):
+        code = "".join(pair).encode("utf-8", "replace")
+        bins.append(zlib.crc32(code) % 64)
     return np.bincount(bins, minlength=64).astype(np.float32)
 
 
@@ -57,35 +68,42 @@ def table(page):
     """A page's boxes as arrays: centre and size [A, 4] (pixels), back and ink [A, 2, 3] (Lab), letter pairs [A, 64],
     text or not [A]."""
     rects = np.array([box["rect"] for box in page.boxes], float).reshape(-1, 4)
-    middles, sizes = rects[:, :2] + rects[:, 2:] / 2, rects[:, 2:]
-    colours = [[box["back"], box["ink"] if box["text"] else box["back"]] for box in page.boxes]
+    sizes = rects[:, 2:]
+    middles = rects[:, :2] + sizes / 2
+    colours, pairs, has_text = [], [], []
+    for box in page.boxes:
+        has_text.append(bool(box["text"]))
+        colours.append([box["back"], box["ink" if box["text"] else "back"]])
+        pairs.append(letter_pairs(box["text"]))
+    place = np.concatenate([middles, sizes], -1)
     colours = lab(np.array(colours, float).reshape(-1, 2, 3))
-    pairs = np.array([letter_pairs(box["text"]) for box in page.boxes]).reshape(-1, 64)
-    has_text = np.array([bool(box["text"]) for box in page.boxes], bool)
-    return np.concatenate([middles, sizes], -1), colours, pairs, has_text
+    return place, colours, np.array(pairs).reshape(-1, 64), np.array(has_text, bool)
 
 
 def likeness(one, other):
     """How alike each box of the one page and each of the other are: [A, R] in 0..1."""
     place_A, colour_A, pairs_A, text_A = table(one)
     place_R, colour_R, pairs_R, text_R = table(other)
-    shared_AR = np.minimum(pairs_A[:, None], pairs_R).sum(-1)
-    text_AR = 2 * shared_AR / (pairs_A.sum(-1)[:, None] + pairs_R.sum(-1))
-    text_AR = np.where(text_A[:, None] & text_R, text_AR, text_A[:, None] == text_R)
-    moved_AR = np.abs(place_A[:, None, :2] - place_R[:, :2]) / (WIDTH / 2, HEIGHT)
-    smaller_AR = np.minimum(place_A[:, None, 2:], place_R[:, 2:])
-    larger_AR = np.maximum(place_A[:, None, 2:], place_R[:, 2:])
-    colour_AR = np.linalg.norm(colour_A[:, None] - colour_R, axis=-1).mean(-1)
-    return (W_TEXT * text_AR
-            + W_PLACE * (1 - moved_AR.sum(-1)).clip(0)
-            + W_SIZE * (smaller_AR / larger_AR).prod(-1)
-            + W_COLOUR * (1 - colour_AR / FAR).clip(0))
+    # every box of the one page against every one of the other
+    place_A1, colour_A1, pairs_A1, text_A1 = (array[:, None] for array in (place_A, colour_A, pairs_A, text_A))
+    shared_AR = np.minimum(pairs_A1, pairs_R).sum(-1)
+    in_both_AR = pairs_A1.sum(-1) + pairs_R.sum(-1)
+    text_AR = np.where(text_A1 & text_R, 2 * shared_AR / in_both_AR, text_A1 == text_R)
+    moved_AR = np.abs(place_A1 - place_R)[..., :2] / (WIDTH / 2, HEIGHT)
+    smaller_AR = np.minimum(place_A1, place_R)[..., 2:]
+    larger_AR = np.maximum(place_A1, place_R)[..., 2:]
+    apart_AR = np.linalg.norm(colour_A1 - colour_R, axis=-1).mean(-1)  # back and ink
+    place_AR = (1 - moved_AR.sum(-1)).clip(0)
+    size_AR = (smaller_AR / larger_AR).prod(-1)
+    colour_AR = (1 - apart_AR / FAR).clip(0)
+    return W_TEXT * text_AR + W_PLACE * place_AR + W_SIZE * size_AR + W_COLOUR * colour_AR
 
 
 def match(one, other):
     """Pair the boxes of two pages, best pairs first: [(a, r, likeness in 0..1)], each box at most once."""
     like_AR = likeness(one, other)
-    free_A, free_R = set(range(len(one.boxes))), set(range(len(other.boxes)))
+    free_A = set(range(len(one.boxes)))
+    free_R = set(range(len(other.boxes)))
     pairs = []
     for flat in np.argsort(-like_AR, axis=None, kind="stable"):
         a, r = divmod(int(flat), max(1, len(other.boxes)))
@@ -108,7 +126,13 @@ def same_picture(one, other):
 
 def cell_colours(page, rows):
     """Lab of a page's patches, black where it is shorter than these rows."""
-    return lab(np.pad(page.cells, ((0, rows - len(page.cells)), (0, 0), (0, 0))))
+    missing = rows - len(page.cells)
+    return lab(np.pad(page.cells, ((0, missing), (0, 0), (0, 0))))
+
+
+def colour_likeness(one, other):
+    """How alike colours are (Lab in the last axis): 1 for the same, 0 from FAR on."""
+    return (1 - np.linalg.norm(one - other, axis=-1) / FAR).clip(0)
 
 
 def similarity(one, other):
@@ -117,27 +141,57 @@ def similarity(one, other):
         return 0.0
     if same_picture(one, other):
         return 1.0
-    weight_A, weight_R = (list(map(size, page.boxes)) for page in (one, other))
-    matched = sum((weight_A[a] + weight_R[r]) * like for a, r, like in match(one, other))
+    weight_A = list(map(size, one.boxes))
+    weight_R = list(map(size, other.boxes))
+    matched = 0.0
+    for a, r, like in match(one, other):
+        matched += (weight_A[a] + weight_R[r]) * like
     boxes = matched / sum(weight_A + weight_R)
-    background = max(0.0, 1 - np.linalg.norm(lab(one.background) - lab(other.background)) / FAR)
+    background = colour_likeness(lab(one.background), lab(other.background))
     rows = max(len(one.cells), len(other.cells))
-    apart = np.linalg.norm(cell_colours(one, rows) - cell_colours(other, rows), axis=-1)
-    cells = (1 - apart / FAR).clip(0).mean()
+    cells = colour_likeness(cell_colours(one, rows), cell_colours(other, rows)).mean()
     return round(float(W_BOXES * boxes + W_BACKGROUND * background + W_CELLS * cells), 6)
 
 
 # ------------------------------------------------------------------ differences, in words
 
 COLOUR_WORDS = {
-    "white": (255, 255, 255), "light grey": (225, 228, 232), "grey": (148, 155, 165), "dark grey": (75, 80, 90),
-    "black": (10, 10, 15), "red": (220, 38, 38), "pink": (244, 160, 200), "orange": (245, 130, 30),
-    "yellow": (250, 204, 21), "light yellow": (254, 243, 180), "green": (30, 150, 70), "light green": (190, 240, 205),
-    "teal": (20, 140, 140), "blue": (37, 99, 235), "light blue": (200, 222, 250), "dark blue": (30, 50, 130),
-    "purple": (126, 40, 205), "light purple": (222, 205, 250), "brown": (120, 70, 30)}
-NOUNS = {"nav": "navigation bar", "header": "header", "footer": "footer", "aside": "sidebar", "button": "button",
-         "input": "field", "textarea": "field", "select": "field", "a": "link", "h1": "heading", "h2": "heading",
-         "h3": "heading", "h4": "heading", "li": "list item"}
+    "white": "#ffffff",
+    "light grey": "#e1e4e8",
+    "grey": "#949ba5",
+    "dark grey": "#4b505a",
+    "black": "#0a0a0f",
+    "red": "#dc2626",
+    "pink": "#f4a0c8",
+    "orange": "#f5821e",
+    "yellow": "#facc15",
+    "light yellow": "#fef3b4",
+    "green": "#1e9646",
+    "light green": "#bef0cd",
+    "teal": "#148c8c",
+    "blue": "#2563eb",
+    "light blue": "#c8defa",
+    "dark blue": "#1e3282",
+    "purple": "#7e28cd",
+    "light purple": "#decdfa",
+    "brown": "#78461e",
+}
+NOUNS = {
+    "nav": "navigation bar",
+    "header": "header",
+    "footer": "footer",
+    "aside": "sidebar",
+    "button": "button",
+    "input": "field",
+    "textarea": "field",
+    "select": "field",
+    "a": "link",
+    "h1": "heading",
+    "h2": "heading",
+    "h3": "heading",
+    "h4": "heading",
+    "li": "list item",
+}
 QUOTED = ("heading", "text", "button", "link", "list item", "box", "field")
 THIN = 4            # pixels: a box that is not thicker is a line
 APART = 8.0         # in Lab: colours nearer than this are not told apart, whatever they are called
@@ -147,7 +201,8 @@ LARGER = 4 / 3      # times as large a font, from which on a person sees it
 
 @functools.lru_cache(maxsize=10_000)
 def colour_word(rgb):
-    distances = np.linalg.norm(lab(list(COLOUR_WORDS.values())) - lab(rgb), axis=-1)
+    known = [list(bytes.fromhex(code[1:])) for code in COLOUR_WORDS.values()]
+    distances = np.linalg.norm(lab(known) - lab(rgb), axis=-1)
     return list(COLOUR_WORDS)[int(distances.argmin())]
 
 
@@ -173,20 +228,25 @@ def noun(box):
 
 
 def name(box):
-    return f"{noun(box)} \"{box['text'][:40]}\"" if box["text"] and noun(box) in QUOTED else noun(box)
+    if box["text"] and noun(box) in QUOTED:
+        return f"{noun(box)} \"{box['text'][:40]}\""
+    return noun(box)
 
 
 def place(box, page):
     """Where a box stands, in words."""
     x, y, w, h = box["rect"]
-    bottom = max(b["rect"][1] + b["rect"][3] for b in page.boxes)
-    down, across = (y + h / 2) / bottom, (x + w / 2) / WIDTH
-    return (("at the top" if down < 1 / 3 else "in the middle" if down < 2 / 3 else "at the bottom")
-            + (" on the left" if across < 1 / 3 else "" if across < 2 / 3 else " on the right"))
+    bottoms = [top + height for _, top, _, height in (other["rect"] for other in page.boxes)]
+    third_down = 3 * (y + h / 2) / max(bottoms)
+    third_across = 3 * (x + w / 2) / WIDTH
+    down = ("at the top", "in the middle", "at the bottom")[min(2, int(third_down))]
+    across = (" on the left", "", " on the right")[min(2, int(third_across))]
+    return down + across
 
 
 def same_kind(draft, wish, pair):
-    a, r, like = draft.boxes[pair[0]], wish.boxes[pair[1]], pair[2]
+    i, k, like = pair
+    a, r = draft.boxes[i], wish.boxes[k]
     return noun(a) == noun(r) or a["text"] == r["text"] and like >= ALIKE
 
 

@@ -17,6 +17,7 @@ FENCE = re.compile(r"^[ \t]*```[ \t]*(?:html?|xml)?[ \t]*\n(.*?)^[ \t]*```", TEX
 HEAD = r"(?:<!doctype[^<>]{0,300}>\s*(?:<!--(?:(?!-->).){0,500}-->\s*)?)?<html\b[^<>]*>?"
 SCAN = re.compile(rf"(?P<aside>{COMMENT}|```+|`(?![^`\n]*</html>)[^`\n]*`)"
                   rf"|(?P<page>(?P<head>{HEAD})(?:{COMMENT}|.)*?(?P<end></html\s*>|\Z))", TEXT)
+NEXT_TAG = re.compile(r"\s*<")
 TAG = re.compile(r"<(/?)(!doctype\b|[a-z][\w-]*)[^<>]*>", re.I)
 
 
@@ -32,24 +33,35 @@ def line_starts(text):
 
 def fragment(text):
     """(start, end) of the markup in a text without <html>: from the first tag that is meant to the last; or None."""
-    tags, starts = list(TAG.finditer(text)), line_starts(text)
-    closings = {tag[2].lower(): tag.start() for tag in tags if tag[1]}  # the last of each name
+    tags = list(TAG.finditer(text))
+    starts = line_starts(text)
+    closings = {}  # the last of each name
+    for tag in tags:
+        if tag[1]:
+            closings[tag[2].lower()] = tag.start()
 
     def line_start(tag):
         return starts[bisect(starts, tag.start()) - 1]
 
     def meant(tag):
         """Meant as a tag, not only spoken of: on a line of its own, or right before its text."""
-        after, first_of_line = text[tag.end():tag.end() + 1], line_start(tag) == tag.start()
+        name = tag[2].lower()
+        first_of_line = line_start(tag) == tag.start()
+        after = text[tag.end():][:1]
         tight = bool(after.strip()) and after not in ".,;:!?)'\""
-        if closings.get(tag[2].lower(), -1) > tag.start():
+        if closings.get(name, -1) > tag.start():
             return first_of_line or tight
-        return tag[2].lower() == "!doctype" or first_of_line and (tight or after in ("", "\n"))
-    first = next((tag for tag in tags if not tag[1] and meant(tag)), None)
-    if first is None:
+        if name == "!doctype":
+            return True
+        return first_of_line and (tight or after in ("", "\n"))
+    begins = [tag for tag in tags if not tag[1] and meant(tag)]
+    if not begins:
         return None
-    ends = [tag.end() for tag in tags if tag[1] or text[line_start(tag)] == "<"]
-    return first.start(), max([first.end(), *ends])
+    ends = [begins[0].end()]
+    for tag in tags:
+        if tag[1] or text[line_start(tag)] == "<":
+            ends.append(tag.end())
+    return begins[0].start(), max(ends)
 
 
 def whole_pages(text):
@@ -57,7 +69,7 @@ def whole_pages(text):
     starts = set(line_starts(text))
     for found in SCAN.finditer(text):
         if found["page"]:
-            holds_tags = re.compile(r"\s*<").match(text, found.end("head"))
+            holds_tags = NEXT_TAG.match(text, found.end("head"))
             if found["head"].startswith("<!") or found.start() in starts or holds_tags:
                 yield found
 
@@ -65,18 +77,25 @@ def whole_pages(text):
 def page_source(text):
     """The page in what an agent wrote, a part of the text; "" without one."""
     plain = THOUGHT.sub(blank, text)
-    thought = max((end.end() for end in END_OF_THOUGHT.finditer(plain)), default=0)
-    plain = " " * thought + plain[thought:]  # a thought whose beginning is not part of the text
+    for end_of_thought in list(END_OF_THOUGHT.finditer(plain))[-1:]:  # its beginning is not part of the text
+        thought = end_of_thought.end()
+        plain = " " * thought + plain[thought:]
+
     pages = list(whole_pages(plain))
-    if pages:
-        page = next((page for page in reversed(pages) if page["end"]), pages[-1])
-        start, end = page.span()
-        cut = -1 if page["end"] else plain.find("\n```", start)
-        return text[start:end if cut < 0 else cut]
-    plain = SCAN.sub(lambda found: blank(found) if found["aside"] and "```" not in found[0] else found[0], plain)
+    ended = [page for page in pages if page["end"]]
+    if ended:
+        return text[slice(*ended[-1].span())]
+    if pages:  # cut off, perhaps by the end of a block
+        start, end = pages[-1].span()
+        fence = plain.find("\n```", start)
+        return text[start:end if fence < 0 else fence]
+
+    def without_asides(found):
+        return blank(found) if found["aside"] and "```" not in found[0] else found[0]
+    plain = SCAN.sub(without_asides, plain)
     for fence in reversed(list(FENCE.finditer(plain))):
-        inside = fragment(fence[1])
-        if inside:
-            return text[fence.start(1) + inside[0]:fence.start(1) + inside[1]]
+        if inside := fragment(fence[1]):
+            start, end = inside
+            return text[fence.start(1):][start:end]
     inside = fragment(plain)
     return text[slice(*inside)] if inside else ""
