@@ -121,7 +121,8 @@ def pick(logits_BV, noise_B, temperature=1.0, top_p=1.0):
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_tokens=64, memory=None, places=None):
+def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_tokens=64,
+           memory=None, places=None):
     """One turn for each prompt (a list of token ids): lists of token ids that end with the end-of-turn token, or,
     when the turn was cut off at max_tokens or at a control token that has no place in a turn, without it.
 
@@ -139,17 +140,18 @@ def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_t
 
     noise_BT = noise(keys, max_tokens).to(device)
     control = torch.tensor(control_tokens(tokenizer), device=device)
-    no_token = sorted(set(range(logits_BV.shape[-1])) - known_ids(tokenizer))
+    vocabulary = range(logits_BV.shape[-1])
+    no_token = sorted(set(vocabulary) - known_ids(tokenizer))
     no_token = torch.tensor(no_token, dtype=torch.long, device=device)
     turns = [[] for _ in prompts]
     for step in range(max_tokens):
         logits_BV = logits_BV.index_fill(-1, no_token, -float("inf"))
         token_B = pick(logits_BV, noise_BT[active, step], temperature, top_p)
         cut_off_B = torch.isin(token_B, control)
-        for i, token, cut_off in zip(active.tolist(), token_B.tolist(), cut_off_B.tolist()):
-            if not cut_off:
-                turns[i].append(token)
-        goes_on_B = ~(cut_off_B | (token_B == end))
+        said_B = ~cut_off_B
+        for i, token in zip(active[said_B].tolist(), token_B[said_B].tolist()):
+            turns[i].append(token)
+        goes_on_B = said_B & (token_B != end)
         if step == max_tokens - 1 or not goes_on_B.any():
             break
         active = active[goes_on_B]
@@ -159,13 +161,15 @@ def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_t
 
 def turn_text(tokenizer, output_ids):
     """The text of a sampled turn, without its end-of-turn token."""
-    ids = output_ids[:-1] if output_ids and output_ids[-1] == end_of_turn(tokenizer) else output_ids
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if output_ids and output_ids[-1] == end_of_turn(tokenizer):
+        output_ids = output_ids[:-1]
+    return tokenizer.decode(output_ids, clean_up_tokenization_spaces=False)
 
 
-def play_out(model, tokenizer, envs, human, keys, *, temperature=1.0, top_p=1.0, max_tokens=64):
-    """Play dialogues to their end, all in lock-step. envs: DialogueEnv in any state; keys: a seed for each. Where the
-    human leaves (replies None), the dialogue stays without an answer.
+def play_out(model, tokenizer, envs, human, keys, **decoding):
+    """Play dialogues to their end, all in lock-step. envs: DialogueEnv in any state; keys: a seed for each; decoding:
+    temperature, top_p and max_tokens of `sample`. Where the human leaves (replies None), the dialogue stays without an
+    answer.
 
     Every agent turn keeps its `output_ids`, so that log-probs are of the tokens that were sampled, and, as in
     ColBench's format, `input` and `output` (the text that the model read and wrote).
@@ -177,7 +181,10 @@ def play_out(model, tokenizer, envs, human, keys, *, temperature=1.0, top_p=1.0,
         active = [i for i in active if envs[i].messages[-1]["role"] == "user"]
         if not active:
             break
-        prompts = [tuple(render(tokenizer, envs[i].messages)[0]) for i in active]
+        prompts = []
+        for i in active:
+            prompt, _ = render(tokenizer, envs[i].messages)
+            prompts.append(tuple(prompt))
         if memory is None:
             memory = branches(model, prompts, several_turns=True)
             place = {i: row for row, i in enumerate(active)}
@@ -186,19 +193,23 @@ def play_out(model, tokenizer, envs, human, keys, *, temperature=1.0, top_p=1.0,
             if prompt[:len(before)] != before:
                 raise InputError("the human changed what was said before; reply() must leave the dialogues as they are")
         turns = sample(
-            model, tokenizer, prompts, [(keys[i], envs[i].turns) for i in active], temperature=temperature, top_p=top_p,
-            max_tokens=max_tokens, memory=memory, places=[place[i] for i in active])
+            model, tokenizer, prompts, [(keys[i], envs[i].turns) for i in active],
+            memory=memory, places=[place[i] for i in active], **decoding)
         for i, prompt, output_ids in zip(active, prompts, turns):
             read[i] = (*prompt, *output_ids)
-            envs[i].step(turn_text(tokenizer, output_ids), input=tokenizer.decode(prompt),
-                         output=tokenizer.decode(output_ids), output_ids=output_ids)
+            envs[i].step(
+                turn_text(tokenizer, output_ids),
+                input=tokenizer.decode(prompt),
+                output=tokenizer.decode(output_ids),
+                output_ids=output_ids)
         active = [i for i in active if envs[i].answer is None]
 
 
 def ask_human(human, envs):
     """Let the human reply wherever the agent has asked. InputError where that is not one text, or None, for each."""
     asked = [env for env in envs if env.messages[-1]["role"] == "assistant"]
-    replies = human.reply([env.task for env in asked], [env.messages for env in asked])
+    tasks = [env.task for env in asked]
+    replies = human.reply(tasks, [env.messages for env in asked])
     name = f"{type(human).__name__}.reply()"
     if not isinstance(replies, list) or len(replies) != len(asked):
         raise InputError(f"{name} should return a list of {len(asked)} texts, one for each dialogue; it returned "
@@ -219,16 +230,26 @@ def play_tasks(model, tokenizer, tasks, human, keys, cfg, grade=grade, instructi
         env.reset(task)
         envs.append(env)
     play_out(model, tokenizer, envs, human, keys, max_tokens=cfg.max_tokens, **decoding)
-    ended = [env for env in envs if env.answer is not None]
-    rewards = iter(grade([env.answer for env in ended], [env.task for env in ended]))
+    rewards = graded([env for env in envs if env.answer is not None], grade)
     trajectories = []
     for env in envs:
-        if env.answer is None:
-            trajectories.append(None)
-            continue
-        trajectories.append({"task": env.task.to_record(), "dialogue_history": env.messages, "answer": env.answer,
-                             "reward": next(rewards)})
+        trajectory = None
+        if env.answer is not None:
+            trajectory = {
+                "task": env.task.to_record(),
+                "dialogue_history": env.messages,
+                "answer": env.answer,
+                "reward": next(rewards),
+            }
+        trajectories.append(trajectory)
     return trajectories
+
+
+def graded(envs, grade):
+    """Yields the reward of each dialogue that has ended."""
+    answers = [env.answer for env in envs]
+    tasks = [env.task for env in envs]
+    yield from grade(answers, tasks)
 
 
 def check_tasks(model, tokenizer, tasks, cfg, with_c=True):
@@ -244,7 +265,10 @@ def bare(messages):
     """Messages as a model needs them: without the texts that trajectories keep for the reader."""
     kept = []
     for message in messages:
-        kept.append({key: value for key, value in message.items() if key not in ("input", "output")})
+        message = dict(message)
+        message.pop("input", None)
+        message.pop("output", None)
+        kept.append(message)
     return kept
 
 
@@ -298,11 +322,12 @@ def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade):
                 env.step(candidate["content"], output_ids=candidate["output_ids"])
                 envs.append(env)
                 keys.append((seed, "play on", s, c, k))
-    for i in range(0, len(envs), 512):
-        play_out(model, tokenizer, envs[i:i + 512], human, keys[i:i + 512], max_tokens=cfg.max_tokens)
+    for start in range(0, len(envs), 512):
+        part = slice(start, start + 512)
+        play_out(model, tokenizer, envs[part], human, keys[part], max_tokens=cfg.max_tokens)
     if any(env.answer is None for env in envs):
         raise InputError("the human left; the same command starts this stage again")
-    rewards = iter(grade([env.answer for env in envs], [env.task for env in envs]))
+    rewards = graded(envs, grade)
     for state in states:
         for candidate in state["candidates"]:
             candidate["returns"] = [next(rewards) for _ in range(n)]
@@ -325,7 +350,9 @@ def turn_pairs(advantages, counts, n, rng):
     half = len(samples) // 2
     better, worse = samples[:half], samples[len(samples) - half:]
 
-    pairs = [(a, b) for a in better for b in worse if advantages[a] > advantages[b]]
+    pairs = []
+    for a in better:
+        pairs += [(a, b) for b in worse if advantages[a] > advantages[b]]
     rng.shuffle(pairs)
     different = list(dict.fromkeys(pairs))  # a pair of often-sampled turns is in the list many times
     return different[:n]
@@ -346,13 +373,14 @@ def preference_loss(model, pairs, beta, nll, batch=None):
     sums_BK, ref_BK, _ = pair_logprobs(model, pairs)  # rows: B chosen ones, then B rejected ones
     sums_B = sums_BK.sum(-1)
     ref_B = ref_BK.double().sum(-1).to(sums_B.dtype)
-    loss = dpo_loss(sums_B[:B], sums_B[B:], ref_B[:B], ref_B[B:], beta)
+    chosen_B, rejected_B = sums_B.split(B)
+    loss = dpo_loss(chosen_B, rejected_B, *ref_B.split(B), beta)
     tokens = agent_tokens([pair["chosen"] for pair in batch or pairs])
-    loss = loss - nll * sums_B[:B].sum() / (B * tokens)
-    reward_B = beta * (sums_B - ref_B).detach()
-    chosen_B, rejected_B = reward_B[:B], reward_B[B:]
-    accuracy = (chosen_B > rejected_B).float().mean().item()
-    return loss, {"accuracy": accuracy, "margin": (chosen_B - rejected_B).mean().item()}
+    loss = loss - nll * chosen_B.sum() / (B * tokens)
+    rewards_B = beta * (sums_B - ref_B).detach()  # what DPO calls the implicit reward
+    better_B, worse_B = rewards_B.split(B)
+    accuracy = (better_B > worse_B).float().mean().item()
+    return loss, {"accuracy": accuracy, "margin": (better_B - worse_B).mean().item()}
 
 
 def train_preferences(model, examples, out, cfg, seed, save, label):
