@@ -120,12 +120,17 @@ def why_not_share(model):
 
 def _tree_differs(model):
     """Two branches on a prefix of three tokens, from a tree and from plain rows: how the tree fails, or None."""
-    rows = torch.tensor([[3, 4, 5, 6, 7], [3, 4, 5, 8, 9]], device=model.device)
-    rows %= model.config.get_text_config().vocab_size
+    vocabulary = model.config.get_text_config().vocab_size
+    prefix, first, second = (3, 4), (5, 6, 7), (5, 8, 9)
+
+    def tensor(row):
+        return torch.tensor(row, device=model.device)
+    rows = tensor([[*prefix, *first], [*prefix, *second]]) % vocabulary
     try:
         plain_BD = model.base_model(input_ids=rows, use_cache=False).last_hidden_state[:, -1].float()
         tree = Tree(model, [tuple(rows[0, :2].tolist())], [0, 0])
-        inputs = tree.inputs(rows[:, 2:].reshape(1, 6), torch.tensor([[1, 1, 1, 2, 2, 2]], device=model.device))
+        branches_RC = tensor([[*first, *second]]) % vocabulary
+        inputs = tree.inputs(branches_RC, tensor([[1, 1, 1, 2, 2, 2]]))
         tree_BD = model.base_model(**inputs).last_hidden_state[0, [2, 5]].float()
     except (TypeError, ValueError, RuntimeError) as error:
         return f"on a probe it fails ({error})"
@@ -140,7 +145,8 @@ def can_pad(model):
     """Whether left-padded rows with a cache give what sequences by themselves do, on a prompt beside a longer one and
     then a token more. Says so, once, if not."""
     vocabulary = model.config.get_text_config().vocab_size
-    prompts = [[token % vocabulary for token in prompt] for prompt in ((3, 1, 2, 4, 5, 6), (6, 5))]
+    tokens = [token % vocabulary for token in (3, 1, 2, 4, 5, 6)]
+    prompts = [tokens, tokens[:3:-1]]
     both = torch.arange(2, device=model.device)
 
     def logits(padded):
@@ -219,7 +225,8 @@ class Tree:
     def inputs(self, input_ids_RC, owner_RC):
         """What the model needs to run C more tokens a row. owner: 1 + the branch of each, or -1 on padding."""
         self.owner_RS = torch.cat([self.owner_RS, owner_RC], 1)
-        see_RCS = (self.owner_RS[:, None] == 0) | (self.owner_RS[:, None] == owner_RC[:, :, None])
+        owner_R1S = self.owner_RS[:, None]
+        see_RCS = (owner_R1S == 0) | (owner_R1S == owner_RC[:, :, None])
         see_RCS = see_RCS.tril(see_RCS.shape[2] - see_RCS.shape[1])
         position_RC = (see_RCS.sum(-1) - 1) * (owner_RC >= 0)  # padding stays within the context
         mask_RCS = torch.zeros(see_RCS.shape, dtype=self.model.dtype, device=see_RCS.device)
@@ -265,8 +272,8 @@ class Tree:
             owners[r] += [branch + 1] * len(tokens)
             last.append((r, len(ids[r]) - 1))
         device = self.model.device
-        ids_RC = pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
-        owner_RC = pad_sequence([torch.tensor(row) for row in owners], batch_first=True, padding_value=-1).to(device)
+        ids_RC = _pad(ids, 0).to(device)
+        owner_RC = _pad(owners, -1).to(device)
         row_B, column_B = torch.tensor(last, device=device).T
         inputs = self.inputs(ids_RC, owner_RC)
         if head_is_plain(self.model):
@@ -282,7 +289,8 @@ class Tree:
             for r, row in enumerate(self.rows):
                 if self.several_turns and not stays[r]:
                     used_S = self.owner_RS[r] >= 0
-                    self.parked.setdefault(row, []).append((layer.keys[r][:, used_S], layer.values[r][:, used_S]))
+                    kept = layer.keys[r][:, used_S], layer.values[r][:, used_S]
+                    self.parked.setdefault(row, []).append(kept)
             layer.keys = layer.keys[stays_R]
             layer.values = layer.values[stays_R]
         self.rows = [row for row, stay in zip(self.rows, stays) if stay]
@@ -306,6 +314,12 @@ class Tree:
             layer.values = padded([layers[i][1] for layers in parked])
             for layers in parked:
                 layers[i] = None
+
+
+def _pad(rows, value):
+    """Lists of whole numbers -> one tensor, padded on the right."""
+    tensors = [torch.tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
 def share(prefixes, lengths=None):
@@ -367,7 +381,8 @@ class Rows:
         kept_B = torch.searchsorted(self.branch_B, branch_B)
         self.branch_B = branch_B
         self.cache.reorder_cache(kept_B)
-        self.mask_BS = torch.cat([self.mask_BS[kept_B], self.mask_BS.new_ones(len(kept_B), 1)], 1)
+        mask_BS = self.mask_BS[kept_B]
+        self.mask_BS = torch.cat([mask_BS, torch.ones_like(mask_BS[:, :1])], 1)
         return self._side_by_side(token_B[:, None])
 
     def _side_by_side(self, ids_BC):

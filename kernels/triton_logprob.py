@@ -46,8 +46,8 @@ def _read(matrix, row, column, ROWS, D: tl.constexpr):
 
 
 @triton.jit
-def _tile(hidden, weight, n, v, N, V, D: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
-          BD: tl.constexpr, WIDEN: tl.constexpr):
+def _tile(hidden, weight, n, v, N, V,
+          D: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, WIDEN: tl.constexpr):
     """Logits of rows n (BN of them) and tokens v (BV): the matrix product, BD columns at a time, summed in fp32."""
     logits = tl.zeros((BN, BV), dtype=tl.float32)
     for start in range(0, D, BD):
@@ -111,12 +111,14 @@ def _backward(hidden, weight, targets, top, total, grad, grad_hidden, grad_weigh
         column = d[None, :]
         if HIDDEN:
             w = _read(weight, v[:, None], column, V, D)
-            change = _dot(delta, w, tl.zeros((BN, BD), dtype=tl.float32), WIDEN)
+            nothing = tl.zeros((BN, BD), dtype=tl.float32)
+            change = _dot(delta, w, nothing, WIDEN)
             there = row_exists[:, None] & (column < D)
             tl.atomic_add(grad_hidden + n[:, None] * D + column, change, mask=there)
         if WEIGHT:
             h = _read(hidden, n[:, None], column, N, D)
-            change = _dot(tl.trans(delta), h, tl.zeros((BV, BD), dtype=tl.float32), WIDEN)
+            nothing = tl.zeros((BV, BD), dtype=tl.float32)
+            change = _dot(tl.trans(delta), h, nothing, WIDEN)
             there = (v < V)[:, None] & (column < D)
             tl.atomic_add(grad_weight + place[:, None] * D + column, change, mask=there)
 

@@ -173,7 +173,9 @@ class JsonlWriter:
         self.file = open(self.partial, "a", encoding="utf-8")
 
     def write(self, records):
-        self.file.write("".join(clean(json.dumps(record, ensure_ascii=False)) + "\n" for record in records))
+        for record in records:
+            line = json.dumps(record, ensure_ascii=False)
+            self.file.write(clean(line) + "\n")
         self.file.flush()
 
     def close(self):
@@ -219,7 +221,9 @@ def write_json(path, value):
 
 def holds_something(path):
     """Whether a file has content, or a folder files."""
-    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
+    if path.is_dir():
+        return any(path.iterdir())
+    return path.exists() and path.stat().st_size > 0
 
 
 def fingerprint(setting):

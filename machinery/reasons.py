@@ -38,7 +38,8 @@ def why_no_pair(trajectories, cfg, marker, given, margin):
     """Why no two of these trajectories make a pair. margin: the difference of rewards that a pair needs, 0 for success
     against failure."""
     tasks, n = by_task(trajectories), len(trajectories)
-    won, most = sum(t["reward"] == 1.0 for t in trajectories), max(map(len, tasks), default=0)
+    won = sum(trajectory["reward"] == 1.0 for trajectory in trajectories)
+    most = max(map(len, tasks), default=0)
     more = "bring more dialogues a task" if given else f"raise --rollout-per-task (now {cfg.per_task})"
     if most == 1 and (won or margin):
         return f"one dialogue a task, and a pair needs two of the same task; {more}"

@@ -77,7 +77,10 @@ def ways():
     packages = [path for path in sys.path if path.endswith("-packages")]
     shown = sorted({"/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/alternatives", sys.prefix,
                     sys.base_prefix, *packages})
-    roads = sorted({str(parent) for path in shown for parent in Path(path).parents if len(parent.parts) > 1})
+    roads = set()
+    for path in shown:
+        roads |= {str(parent) for parent in Path(path).parents if len(parent.parts) > 1}
+    roads = sorted(roads)
     root = os.getuid() == 0
     apart = "--unshare-pid --unshare-net --unshare-ipc --unshare-uts --cap-add ALL" if root else "--unshare-all"
     bwrap = f"bwrap {apart} --as-pid-1 --die-with-parent".split()
@@ -212,7 +215,8 @@ def run(jobs, call_seconds=1.0, answer_seconds=10.0, workers=None):
     """Run (answer, calls) jobs, in parallel; for each job a list of reports, one a call: a hash of the value that the
     call returned, or "!" and what went wrong."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    left, reports, workers = collections.deque(range(len(jobs))), {}, min(workers or cores, len(jobs))
+    left, reports = collections.deque(range(len(jobs))), {}
+    workers = min(workers or cores, len(jobs))
     if not jobs:
         return []
     way = tightest_way()

@@ -208,7 +208,8 @@ def condition(libc):
     """What a program can change about its worker without being able to end it: limits, priority, the scratch folder,
     shared memory and messages."""
     found = [resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")]
-    found += [os.getpriority(0, 0), os.stat(".").st_mode, os.stat(".").st_nlink, os.listdir(".")]
+    here = os.stat(".")
+    found += [os.getpriority(0, 0), here.st_mode, here.st_nlink, os.listdir(".")]
     if sys.platform == "linux":
         for count, which in ((libc.shmctl, 14), (libc.msgctl, 12)):  # SHM_INFO, MSG_INFO
             used = (ctypes.c_int * 64)()

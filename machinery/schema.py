@@ -130,7 +130,11 @@ def outside_state(known=None):
 
     def text_or_more(value):
         return STRING if isinstance(value, str) else (TURN, candidate)
-    return {"task": task(), "messages": ([message(known)], PROMPT), "candidates": ([text_or_more], FILLED)}
+    return {
+        "task": task(),
+        "messages": ([message(known)], PROMPT),
+        "candidates": ([text_or_more], FILLED),
+    }
 
 
 def pair():

@@ -266,7 +266,8 @@ class Checkpoint:
             if {moments["exp_avg"].shape, moments["exp_avg_sq"].shape} != {shapes[str(i)]}:
                 raise ValueError("an optimizer of another model")
         groups = [group["params"] for group in state["optimizer"]["param_groups"]]
-        if groups != [list(range(len(shapes)))] or state["schedule"]["last_epoch"] != len(state["log"]):
+        steps = state["schedule"]["last_epoch"]
+        if groups != [list(range(len(shapes)))] or steps != len(state["log"]):
             raise ValueError("steps of another training")
 
     def save(self, log):
@@ -326,8 +327,8 @@ def copy_weights(weights, parameters):
             parameter.copy_(weight)
 
 
-def fit(model, examples, loss_fn, out, cfg, seed, save, *, label="fit", warmup=0.05, clip=1.0, micro_batch=None,
-        sizes=None, checkpoint_seconds=20.0):
+def fit(model, examples, loss_fn, out, cfg, seed, save, *, label="fit", warmup=0.05, clip=1.0,
+        micro_batch=None, sizes=None, checkpoint_seconds=20.0):
     """Train `model` in place on `examples` and let `save(folder)` write the result to `out`; returns the log, a row a
     step.
 
@@ -340,12 +341,20 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *, label="fit", warmup=0
     work.mkdir(parents=True, exist_ok=True)
     plan = list(batches_of(len(examples), cfg.batch_size, cfg.epochs, seed, sizes))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights = torch.nn.ParameterList(p if p.dtype.itemsize >= 4 else p.detach().float() for p in learning)
+    weights = torch.nn.ParameterList()
+    for parameter in learning:
+        short = parameter.dtype.itemsize < 4
+        weights.append(parameter.detach().float() if short else parameter)
     fused = weights[0].device.type in ("cpu", "cuda")  # without a third copy of the gradients
-    optimizer = torch.optim.AdamW(weights, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused or None)
-    warm = max(1, round(warmup * len(plan)))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, (len(plan) - step) / max(1, len(plan) - warm)))
+    optimizer = torch.optim.AdamW(
+        weights, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused or None)
+    steps = len(plan)
+    warm = max(1, round(warmup * steps))
+
+    def rate(step):
+        """The share of the learning rate: up over the warm-up, and down to 0."""
+        return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     checkpoint = Checkpoint(work / "checkpoint.pt", checkpoint_seconds, weights=weights, optimizer=optimizer,
                             schedule=schedule)
     log = checkpoint.load()

@@ -51,7 +51,8 @@ def lab(rgb):
     xyz = linear @ TO_XYZ / WHITE
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     fx, fy, fz = np.moveaxis(f, -1, 0)
-    return np.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)], -1)
+    lightness = 116 * fy - 16
+    return np.stack([lightness, 500 * (fx - fy), 200 * (fy - fz)], -1)
 
 
 @functools.lru_cache(maxsize=50_000)
@@ -377,7 +378,8 @@ def headers(settings):
 def figures(record, base):
     """Two figures of an evaluated dialogue, in %: similarity, and whether it beats the base policy's on the same task
     (a tie counts half)."""
-    return 100 * record["reward"], 50 * (1 + (record["reward"] > base["reward"]) - (record["reward"] < base["reward"]))
+    ours, theirs = record["reward"], base["reward"]
+    return 100 * ours, 50 * (ours >= theirs) + 50 * (ours > theirs)
 
 
 def verdict(record):
@@ -392,8 +394,11 @@ def brief(text):
 
 def _thumbnail(picture):
     from PIL import Image
-    small, image = io.BytesIO(), Image.open(io.BytesIO(picture)).convert("RGB")
-    image.crop((0, 0, image.width, min(image.height, 2 * WIDTH))).reduce(4).save(small, "JPEG", quality=80)
+    image = Image.open(io.BytesIO(picture)).convert("RGB")
+    height = min(image.height, 2 * WIDTH)
+    image = image.crop((0, 0, image.width, height)).reduce(4)
+    small = io.BytesIO()
+    image.save(small, "JPEG", quality=80)
     return f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(small.getvalue()).decode()}'>"
 
 
