@@ -814,44 +814,55 @@ def colour_of(share, distance):
     return ("up" if share >= 0.5 else "down"), strength
 
 
-def judge_turns(run, records, n=16):
-    """`compare` each agent turn of the records with n turns of the initial policy at its state: adds "judged", what
-    comes out for each agent turn."""
+def agent_states(record):
+    """The states of a dialogue, {"task", "messages", "turn": what the agent said there}."""
+    from actor import bare
+
+    history = bare(record["dialogue_history"])
+    return [
+        {"task": record["task"], "messages": history[:k], "turn": history[k]}
+        for k in range(1, len(history), 2)
+    ]
+
+
+def judge_states(load, states, cfg, max_tokens, rows=512, n=16):
+    """`compare` the turn of each state with n turns of the initial policy there: adds "judged", and "candidates", of
+    which the turn itself is the last.
+
+    load(name) -> (model, tokenizer); cfg: how the critic ranks; rows: turns that are sampled side by side.
+    """
     import actor
     import critic
     from env import action_tokens
 
-    policy, tokenizer = run.model("base")
-    states = []
-    for record in records:
-        history = record["dialogue_history"]
-        for k in range(1, len(history), 2):
-            turn = {
-                "content": history[k]["content"],
-                "output_ids": action_tokens(tokenizer, history[k]),
-            }
-            states.append(
-                {"task": record["task"], "messages": actor.bare(history[:k]), "turn": turn}
-            )
-    size = max(1, run.machine.rows // n)
+    policy, tokenizer = load("base")
+    size = max(1, rows // n)
     parts = [states[i : i + size] for i in range(0, len(states), size)]
     for part in parts:
         keys = [
             ("report", [message["content"] for message in state["messages"]]) for state in part
         ]
-        actor.sample_candidates(
-            policy, tokenizer, part, keys, n, run.settings.get("rollout.max_tokens", 48)
-        )
+        actor.sample_candidates(policy, tokenizer, part, keys, n, max_tokens)
         for state in part:
+            state["turn"]["output_ids"] = action_tokens(tokenizer, state["turn"])
             state["candidates"].append(state["turn"])
         critic.score_reference(policy, tokenizer, part)
-    del policy
-    trained, tokenizer = run.model("critic")
+    del policy  # a model that `load` does not keep makes room for the critic
+    trained, tokenizer = load("critic")
     for part in parts:
-        critic.rank(trained, tokenizer, part, run.critic_settings())
-    judged = iter([compare(state["turn"], state["candidates"][:-1]) for state in states])
-    for record in records:
-        record["judged"] = [next(judged) for _ in record["dialogue_history"][1::2]]
+        critic.rank(trained, tokenizer, part, cfg)
+    for state in states:
+        state["judged"] = compare(state["turn"], state["candidates"][:-1])
+
+
+def judge_turns(run, records):
+    """Add "judged" to the records: how each agent turn compares with what the initial policy says there."""
+    found = [agent_states(record) for record in records]
+    states = [state for states in found for state in states]
+    max_tokens = run.settings.get("rollout.max_tokens", 48)
+    judge_states(run.model, states, run.critic_settings(), max_tokens, run.machine.rows)
+    for record, states in zip(records, found):
+        record["judged"] = [state["judged"] for state in states]
 
 
 def turns_of(record, world):

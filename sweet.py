@@ -43,8 +43,9 @@ import torch
 
 import actor
 import critic
+import play
 import report
-from env import ANSWER_MARKER, DialogueEnv
+from env import ANSWER_MARKER
 from env import load_tasks, read_trajectories, render
 from machinery import schema
 from machinery.files import InputError, JsonlWriter, forgive, put_text, write_groups, write_json, write_lines
@@ -56,7 +57,6 @@ from machinery.server import Server
 from machinery.settings import Record, check_tasks_given, flat, no_held_out
 from machinery.start import check_start
 from machinery.train import Given, Machine, arg, check_finite, check_states, check_views, load_model, save_to
-from simulator import ConsoleHuman
 from worlds import backend, frontend
 
 
@@ -86,7 +86,7 @@ class Table:
 
 GROUPS = {"given": Given, "machine": Machine, "human": Server, "base": backend.Base, "rollout": actor.Rollout,
           "pairs": critic.Pairs, "critic": critic.Critic, "candidates": actor.Candidates, "actor": actor.Actor,
-          "rft": actor.Rft, "multiturn": actor.Multiturn, "eval": Eval, "credit": Credit, "table": Table}
+          "rft": actor.Rft, "multiturn": actor.Multiturn, "eval": Eval, "credit": Credit, "table": Table, "play": play.Play}
 WORLDS = {"backend": backend, "frontend": frontend}
 METHODS = {"base": "base", "rft": "RFT", "multiturn": "multi-turn DPO", "actor": "SWEET"}
 
@@ -409,25 +409,7 @@ def run_stage(run, name):
         remember(output.parent, name, time.monotonic() - start)
 
 
-# ------------------------------------------------------------------ play and table
-
-def play(run):
-    """You are the human: talk with the trained agent, then see its answer graded and its turns judged by the critic."""
-    task, cfg = random.Random(time.time_ns()).choice(run.held_out()), run.settings["rollout"]
-    env = DialogueEnv(cfg.max_turns, run.world.INSTRUCTIONS)
-    env.reset(task)
-    print(f"You asked for this:\n\n    {task.problem_description}\n")
-    print(f"What you have in mind, and the agent cannot see:\n\n{task.ground_truth}")
-    actor.play_out(*run.model("actor"), [env], ConsoleHuman(), ["play"], top_p=run.settings["eval"].top_p,
-                   max_tokens=cfg.max_tokens)
-    print(f"\nagent: {env.messages[-1]['content']}\n\n{run.world.REWARD}: "
-          f"{run.grade([env.answer], [task])[0]:.0%}")
-    print("\nThe critic's advantage of each turn, in nats a token (0: like the initial policy's average turn):")
-    trajectory = {"task": task.to_record(), "dialogue_history": env.messages}
-    for k, advantage in enumerate(critic.judge_turns(run.model("critic"), run.model("base")[0], trajectory,
-                                                     run.settings["critic"])):
-        print(f"  turn {k + 1}  {advantage:+.2f}  {env.messages[2 * k + 1]['content'][:90]!r}")
-
+# ------------------------------------------------------------------ table
 
 def table(argv, options, run, cfg):
     """The README's table: everything with several seeds from --seed on, with and without c, under one folder; then one
@@ -505,7 +487,7 @@ def main(argv=None):
             if not run.path("critic").exists() or not run.path("actor").exists():
                 raise InputError(f"{run.root}: holds no trained actor and critic to play with; the same flags without "
                                  "'play' train them")
-            return play(run)
+            return play.main(run, METHODS)
         work(run, options.stage)
 
 

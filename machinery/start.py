@@ -43,7 +43,7 @@ def check_start(run, stages, stage):
         check_attention(run.machine)
         if run.machine.lora:
             check_adapters("--lora")
-    if todo & {"base", *DIALOGUES}:
+    if todo & {"base", "play", *DIALOGUES}:
         run.world.check_installed(run.given.clip)
     if stage not in ("table", "play"):
         for name in sorted(todo):

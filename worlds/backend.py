@@ -21,7 +21,9 @@ Exercised by `python -m pytest tests/test_world.py`; `python sweet.py base` trai
 import functools
 import random
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from html import escape
+from itertools import zip_longest
 
 from env import ANSWER_MARKER, INSTRUCTIONS, REFERENCE_PREFIX, Task, grade
 from machinery.files import InputError
@@ -90,6 +92,7 @@ CONSENT = ("Please ", "I would like you to ", "Yes, ", "It should ")
 NO_PREFERENCE = ("I have no preference there.", "That does not matter to me.", "I don't know, whatever you think.",
                  "No wishes about that.", "Nothing special is needed there.", "I never thought about that.")
 LAST_WORDS = " Now I have to go, please send me the result."
+OFFERS = NO_PREFERENCE[:1]  # replies that anybody can give, in `play`
 CONFUSED = ("Sorry, I did not understand the question.", "I am not sure what you are asking.",
             "Could you put that differently?")
 
@@ -352,12 +355,45 @@ def _program(title, text, other):
     return f"<h4>{title}</h4><pre>{'<br>'.join(rows)}</pre>"
 
 
-def evidence(record):
-    """Reference, answer, and which tests the answer passes, each test graded as a task of its own."""
+def tests(record):
+    """[(call, whether the answer passes it)], each test graded as a task of its own."""
     task = Task.from_record(record["task"])
-    single = [Task(task.problem_description, task.ground_truth, {"test": call}) for call in task.test_cases.values()]
+    calls = task.test_cases.values()
+    single = [Task(task.problem_description, task.ground_truth, {"test": call}) for call in calls]
     passed = grade([record["answer"]] * len(single), single)
-    calls = "".join(f"<li>{'✓' if ok else '✗'} {escape(c)}" for c, ok in zip(task.test_cases.values(), passed))
-    return f"""{_program("reference", task.ground_truth, record["answer"])}
-        {_program("answer", record["answer"], task.ground_truth)}<details><summary>passes {sum(passed):.0f} of
-        {len(passed)} tests</summary><ul>{calls}</ul></details>"""
+    return [(call, ok == 1) for call, ok in zip(calls, passed)]
+
+
+def evidence(record, unfolded=False):
+    """Reference, answer, and which tests the answer passes. unfolded: the tests are in sight at once."""
+    reference, answer, found = record["task"]["ground_truth"], record["answer"], tests(record)
+    calls = "".join(f"<li>{'✓' if ok else '✗'} {escape(call)}" for call, ok in found)
+    return f"""{_program("reference", reference, answer)}
+        {_program("answer", answer, reference)}<details{" open" * unfolded}><summary>passes {sum(ok for _, ok in found)} of
+        {len(found)} tests</summary><ul>{calls}</ul></details>"""
+
+
+# ------------------------------------------------------------------ in play
+
+def drawn(text):
+    """A message as a picture: there is none here."""
+    return ""
+
+
+def beside(reference, answer):
+    """Lines of two programs side by side, as sdiff shows them: "|" between different ones, "<" where the answer lacks
+    a line, ">" where it has one more."""
+    left, right = reference.splitlines(), answer.splitlines()
+    width, rows = max(map(len, left), default=0), []
+    for kind, *ends in SequenceMatcher(None, left, right, autojunk=False).get_opcodes():
+        a, b, c, d = ends
+        for ours, theirs in zip_longest(left[a:b], right[c:d]):
+            mark = " " if kind == "equal" else "<" if theirs is None else ">" if ours is None else "|"
+            rows.append(f"{ours or '':{width}} {mark} {theirs or ''}".rstrip())
+    return rows
+
+
+def summary(record):
+    """The same as `evidence` for a terminal, as lines."""
+    calls = [f"{'passed' if ok else 'failed'}  {call}" for call, ok in tests(record)]
+    return [*calls, "", "The reference, and the answer beside it:", *beside(record["task"]["ground_truth"], record["answer"])]

@@ -31,11 +31,11 @@ import sys
 from env import ANSWER_MARKER, REFERENCE_PREFIX, Task
 from machinery.files import InputError
 from machinery.optional import require
-from simulator import EndpointHuman, Human, make_human
+from simulator import NO_PREFERENCE, EndpointHuman, Human, make_human
 from worlds import backend
 from worlds.browser import find_browser, fonts, render_pages
-from worlds.pages import COLOUR_WORDS, PAPER, brief, clip_similarity, differences, evidence, figures, headers
-from worlds.pages import load_clip, similarity, verdict
+from worlds.pages import COLOUR_WORDS, PAPER, brief, clip_similarity, differences, drawn, evidence, figures, headers
+from worlds.pages import load_clip, similarity, summary, verdict
 from worlds.source import page_source
 
 INSTRUCTIONS = (
@@ -47,6 +47,7 @@ MAX_TURNS = 3
 REWARD, PAIRED, OPTIONAL = "Similarity", True, ("test_cases",)
 LEGEND = "Pictures: the draft of each round on the left, the reference on the right."
 REPORT = (PAPER, headers, figures, verdict, brief, evidence)  # what report.py asks of a world
+PLAY = (drawn, summary)                                       # and play.py
 NAMED = 1               # differences that the scripted human names in one reply
 DEFAULTS = {"base": {"documents": 9000}, "rollout": {"max_turns": MAX_TURNS, "max_tokens": 24},
             "pairs": {"margin": 0.1, "per_state": 4}, "critic": {"rank_against": "own"}, "candidates": {"states": 2400},
@@ -118,6 +119,8 @@ LOOK = ("A designer is making a web page for you. This is how the designer's pag
         "Tell the designer, in one or two plain sentences, the one or two most outstanding differences: what should be "
         "changed, and how. Write no HTML. If both look the same, say so.")
 NO_PAGE = "I cannot see a page yet, please show me one."
+OFFERS = (RIGHT, NO_PREFERENCE)  # replies that anybody can give, in `play`
+LAST_WORDS = ""  # the human here says nothing of the kind
 
 
 @functools.lru_cache(maxsize=100_000)

@@ -402,8 +402,9 @@ def _thumbnail(picture):
     return f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(small.getvalue()).decode()}'>"
 
 
-def evidence(record):
-    """Round by round: the picture of the draft beside that of the reference, and how alike they are."""
+def evidence(record, unfolded=False):
+    """Round by round: the picture of the draft beside that of the reference, and how alike they are. Nothing is
+    folded here."""
     drafts = [message["content"] for message in record["dialogue_history"] if message["role"] == "assistant"]
     sources = [page_source(draft.replace(ANSWER_MARKER, "")) for draft in drafts]
     try:
@@ -414,3 +415,21 @@ def evidence(record):
     return "".join(f"<h4>turn {k}, {kind}: {similarity(page, wish):.2f} by boxes</h4>"
                    f"{_thumbnail(page.picture) if page.picture else escape(page.failure)}{_thumbnail(wish.picture)}"
                    for k, (kind, page) in enumerate(zip(kinds, drawn), 1))
+
+
+# ------------------------------------------------------------------ in play
+
+def drawn(text):
+    """The page in a text as a picture, "" where there is none."""
+    source = page_source(text.replace(ANSWER_MARKER, ""))
+    if not source:
+        return ""
+    page, = render_pages([source], pictures=True)
+    return _thumbnail(page.picture) if page.picture else escape(page.failure)
+
+
+def summary(record):
+    """What still differs, as lines for a terminal."""
+    answer, wish = render_pages([page_source(record["answer"]), record["task"]["ground_truth"]])
+    found = differences(answer, wish) if answer.boxes else ["There is nothing to see."]
+    return ["What still differs:", *found] if found else ["Nothing differs."]
