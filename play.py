@@ -14,6 +14,7 @@ of yours with one policy; the terminal and the page only show it. Exercised by `
 import contextlib
 import copy
 import functools
+import json
 import random
 import sys
 from dataclasses import dataclass
@@ -23,14 +24,14 @@ from pathlib import Path
 import actor
 import report
 from env import ANSWER_MARKER, DialogueEnv
-from machinery.files import InputError, forgive, put_text, read_jsonl, write_lines
+from machinery.files import InputError, clean, forgive, put_text
 from machinery.optional import first_line, require
 from machinery.train import arg
 from simulator import Human, cut
 
 STYLE = Path(__file__).resolve().parent / "machinery/page/play.css"
-LAST = ("This is your last reply. The scripted human says here: \"{}\" An agent that was trained with this sentence "
-        "mostly goes on asking without it.")
+LAST_WORDS = ("The scripted human says here: \"{}\" An agent that was trained with this sentence mostly goes on asking "
+              "without it.")
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ class Dialogue:
         self.states.append(state)
 
     def keep(self):
-        path = self.run.root / "plays.jsonl"
-        old = [record for _, record in read_jsonl(path)] if path.exists() else []
-        write_lines(path, [*old, self.record])
+        """One more line: another process may add to the same file."""
+        with open(self.run.root / "plays.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(clean(self.record)) + "\n")
 
     def reply(self, text):
         """Say something. Where the agent cannot go on from it (InputError), nothing was said."""
@@ -99,12 +100,19 @@ class Dialogue:
             raise
 
     def offers(self):
-        """Replies to choose from, the scripted human's own first, and what is to be said of the last one."""
-        found, words = [], self.run.world.LAST_WORDS if self.env.turns == self.env.max_turns - 1 else ""
+        """Replies to choose from, the scripted human's own first, and what is to be said before the last one."""
+        world, found, words = self.run.world, [], ""
         with contextlib.suppress(InputError):  # it knows the small world's tasks, but not yours
             found = self.scripted.reply([self.task], [self.env.messages])
-        found += [text + words for text in self.run.world.OFFERS]
-        return list(dict.fromkeys(found)), words and LAST.format(words.strip())
+        if self.env.turns < self.env.max_turns - 1:
+            hint = ""
+        else:
+            hint = "This is your last reply."
+            if world.LAST_WORDS and found and found[0].endswith(world.LAST_WORDS):
+                words = world.LAST_WORDS
+                hint += " " + LAST_WORDS.format(words.strip())
+        found += [text + words for text in world.OFFERS]
+        return list(dict.fromkeys(found)), hint
 
     def verdict(self, state):
         judged = state["judged"]
@@ -192,13 +200,18 @@ def in_terminal(begin, policies, policy, seed):
     forgive(sys.stdin, sys.stdout)  # what the terminal cannot encode or decode ends no dialogue
     while True:
         dialogue = begin(policy, seed)
-        print(f"You talk with {policies[policy]} (--play-policy {policy} --play-seed {dialogue.seed}) and want this:\n\n"
-              f"{dialogue.task.problem_description}\n\n"
+        print(f"You talk with {policies[policy]} (--play-policy {policy} --play-seed {dialogue.seed}) and want this:"
+              f"\n\n{dialogue.task.problem_description}\n\n"
               "Reply by number or in your own words. ?: what you have in mind. !: what else the agent could have said.")
         show_turn(dialogue)
         while dialogue.record is None:
-            dialogue.reply(your_reply(dialogue))
-            show_turn(dialogue)
+            text = your_reply(dialogue)
+            try:
+                dialogue.reply(text)
+            except InputError as error:
+                print(f"       {error}")
+            else:
+                show_turn(dialogue)
         end, record = dialogue.outcome()
         print("", end, *dialogue.run.world.summary(record), "", sep="\n")
         show_pictures(dialogue, dialogue.run.world.evidence(record))
@@ -212,6 +225,30 @@ def in_terminal(begin, policies, policy, seed):
 
 
 # ------------------------------------------------------------------ in the browser
+
+def bubbles(gradio, dialogue, offers):
+    """The dialogue as gradio's chat shows it; each turn's candidates are folded behind the critic's verdict."""
+    shown_messages = []
+    for i, message in enumerate(dialogue.env.messages[1:]):
+        text = gradio.HTML(shown(dialogue.run.world, message["content"]))
+        shown_messages.append({"role": message["role"], "content": text})
+        if message["role"] == "user":
+            continue
+        state = dialogue.states[i // 2]
+        lines = "".join(f"<li>{escape(line)}" for line in dialogue.candidates(state))
+        verdict = {"title": dialogue.verdict(state), "status": "done"}
+        shown_messages.append({"role": "assistant", "content": gradio.HTML(f"<ul>{lines}</ul>"), "metadata": verdict})
+    shown_messages[-1]["options"] = [{"value": text} for text in offers]
+    return shown_messages
+
+
+def ending(dialogue):
+    """What was tested, as HTML."""
+    line, record = dialogue.outcome()
+    world = dialogue.run.world
+    evidence = world.evidence(record, unfolded=True)
+    return f"<h3>{escape(line)}</h3><p>{world.LEGEND}</p><div class=tests>{evidence}</div>"
+
 
 def in_browser(begin, policies, cfg):
     """A page on this machine alone, unless --host says otherwise. It asks nothing of any other server."""
@@ -230,66 +267,68 @@ def in_browser(begin, policies, cfg):
         with gradio.Row():
             again, other = gradio.Button("Talk about this task"), gradio.Button("Another task")
 
-        def show(dialogue):
+        def show(make):
+            try:
+                dialogue = make()
+            except InputError as error:
+                raise gradio.Error(str(error)) from None
             world, over = dialogue.run.world, dialogue.record is not None
             offers, hint = ([], "") if over else dialogue.offers()
-            messages = []
-            for i, message in enumerate(dialogue.env.messages[1:]):
-                messages.append({"role": message["role"], "content": gradio.HTML(shown(world, message["content"]))})
-                if message["role"] == "assistant":
-                    state = dialogue.states[i // 2]
-                    rows = "".join(f"<li>{escape(line)}" for line in dialogue.candidates(state))
-                    messages.append({"role": "assistant", "content": gradio.HTML(f"<ul>{rows}</ul>"),
-                                     "metadata": {"title": dialogue.verdict(state), "status": "done"}})
-            messages[-1]["options"] = [{"value": text} for text in offers]
-            line, record = dialogue.outcome() if over else ("", None)
+            wish = shown(world, dialogue.task.problem_description)
             return {
                 held: dialogue,
-                request: f"<h4>You want this from {policies[dialogue.policy]}:</h4>{shown(world, dialogue.task.problem_description)}",
+                request: f"<h4>You want this from {policies[dialogue.policy]}:</h4>{wish}",
                 mind: shown(world, dialogue.task.hidden_information),
-                chat: messages,
+                chat: bubbles(gradio, dialogue, offers),
                 words: gradio.Textbox(value="", info=hint, visible=not over),
-                end: f"<h3>{line}</h3><div class=tests>{world.evidence(record, unfolded=True)}</div>" if over else "",
+                end: ending(dialogue) if over else "",
                 seed: dialogue.seed,
             }
 
         def start(policy, seed):
-            return guarded(lambda: show(begin(policy, int(seed or 0))))
+            return show(lambda: begin(policy, int(seed or 0)))
 
         def answer(dialogue, text):
-            def step():
+            def make():
                 if text.strip() and dialogue.record is None:
                     dialogue.reply(text)
-                return show(dialogue)
-            return guarded(step)
+                return dialogue
+            return show(make)
 
         def pick(dialogue, event: gradio.SelectData):
             return answer(dialogue, event.value)
 
-        def guarded(step):
-            try:
-                return step()
-            except InputError as error:
-                raise gradio.Error(str(error)) from None
-        outputs = [held, request, mind, chat, words, end, seed]
-        one = {"outputs": outputs, "concurrency_id": "models"}  # one after the other
+        one = {"outputs": [held, request, mind, chat, words, end, seed], "concurrency_id": "models"}  # at a time
         page.load(start, [policy, seed], **one)
         again.click(start, [policy, seed], **one)
         other.click(lambda policy: start(policy, 0), [policy], **one)
         words.submit(answer, [held, words], **one)
         chat.option_select(pick, [held], **one)
+    serve(gradio, page, cfg)
+
+
+def serve(gradio, page, cfg):
+    """Until Ctrl-C."""
+    theme = gradio.themes.Default(font="system-ui", font_mono="monospace")  # its own fonts come from elsewhere
     try:
-        page.launch(server_name=cfg.host, server_port=cfg.port or None, share=False, ssr_mode=False, footer_links=[],
-                    run_history=False, css_paths=STYLE, theme=gradio.themes.Default(font="system-ui"))
+        _, url, _ = page.launch(server_name=cfg.host, server_port=cfg.port or None, share=False, ssr_mode=False,
+                                footer_links=[], run_history=False, css_paths=STYLE, theme=theme, quiet=True,
+                                prevent_thread_lock=True)
     except OSError as error:
         raise InputError(f"--host {cfg.host} --port {cfg.port}: {first_line(error)}") from None
+    print(f"play: {url} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
 
 
 def main(run, names):
     """Play until you leave. names: {policy: what the tables call it}."""
     cfg = run.settings["play"]
     policies = {name: label for name, label in names.items() if name == "base" or run.path(name).exists()}
-    begin = functools.partial(Dialogue, run, functools.cache(run.model), run.held_out())
+    if cfg.policy not in policies:
+        raise InputError(f"--play-policy {cfg.policy}: {run.root} holds no {cfg.policy}; expected one of "
+                         f"{', '.join(policies)}, or train it: python sweet.py {cfg.policy}")
+    load = functools.lru_cache(maxsize=3)(run.model)  # the initial policy, the critic, and whom you talk with
+    begin = functools.partial(Dialogue, run, load, run.held_out())
     if cfg.web:
         in_browser(begin, policies, cfg)
     else:

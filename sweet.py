@@ -86,7 +86,8 @@ class Table:
 
 GROUPS = {"given": Given, "machine": Machine, "human": Server, "base": backend.Base, "rollout": actor.Rollout,
           "pairs": critic.Pairs, "critic": critic.Critic, "candidates": actor.Candidates, "actor": actor.Actor,
-          "rft": actor.Rft, "multiturn": actor.Multiturn, "eval": Eval, "credit": Credit, "table": Table, "play": play.Play}
+          "rft": actor.Rft, "multiturn": actor.Multiturn, "eval": Eval, "credit": Credit, "table": Table,
+          "play": play.Play}
 WORLDS = {"backend": backend, "frontend": frontend}
 METHODS = {"base": "base", "rft": "RFT", "multiturn": "multi-turn DPO", "actor": "SWEET"}
 

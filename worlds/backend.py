@@ -367,9 +367,10 @@ def tests(record):
 def evidence(record, unfolded=False):
     """Reference, answer, and which tests the answer passes. unfolded: the tests are in sight at once."""
     reference, answer, found = record["task"]["ground_truth"], record["answer"], tests(record)
+    passed = sum(ok for _, ok in found)
     calls = "".join(f"<li>{'✓' if ok else '✗'} {escape(call)}" for call, ok in found)
     return f"""{_program("reference", reference, answer)}
-        {_program("answer", answer, reference)}<details{" open" * unfolded}><summary>passes {sum(ok for _, ok in found)} of
+        {_program("answer", answer, reference)}<details{" open" if unfolded else ""}><summary>passes {passed} of
         {len(found)} tests</summary><ul>{calls}</ul></details>"""
 
 
@@ -396,4 +397,5 @@ def beside(reference, answer):
 def summary(record):
     """The same as `evidence` for a terminal, as lines."""
     calls = [f"{'passed' if ok else 'failed'}  {call}" for call, ok in tests(record)]
-    return [*calls, "", "The reference, and the answer beside it:", *beside(record["task"]["ground_truth"], record["answer"])]
+    rows = beside(record["task"]["ground_truth"], record["answer"])
+    return [*calls, "", "The reference, and the answer beside it:", *rows]
