@@ -312,6 +312,7 @@ class Page:
 
     def __init__(self, tab, url):
         self.tab, self.hosts = tab, Counter()
+        tab.set_default_timeout(90_000)  # a busy machine
         tab.on("request", lambda request: self.hosts.update([request.url.split("/")[2]]))
         tab.goto(url)
         self.turns(1)
