@@ -23,6 +23,7 @@ from env import Task, grade, read_trajectories
 from machinery.files import InputError
 from worlds import backend, browser
 
+pytestmark = pytest.mark.slow  # most need a run
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["--base-documents", "600", "--base-epochs", "1", "--rollout-tasks", "16", "--rollout-per-task", "6",
          "--critic-epochs", "1", "--candidates-states", "40", "--candidates-n", "6", "--actor-epochs", "1"]
