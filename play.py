@@ -16,6 +16,7 @@ import copy
 import functools
 import json
 import random
+import socket
 import sys
 from dataclasses import dataclass
 from html import escape
@@ -311,10 +312,11 @@ def serve(gradio, page, cfg):
     """Until Ctrl-C."""
     theme = gradio.themes.Default(font="system-ui", font_mono="monospace")  # its own fonts come from elsewhere
     try:
+        socket.create_server((cfg.host, cfg.port)).close()  # gradio would wait five seconds for each of 100 ports
         _, url, _ = page.launch(server_name=cfg.host, server_port=cfg.port or None, share=False, ssr_mode=False,
                                 footer_links=[], run_history=False, css_paths=STYLE, theme=theme, quiet=True,
                                 prevent_thread_lock=True)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise InputError(f"--host {cfg.host} --port {cfg.port}: {first_line(error)}") from None
     print(f"play: {url} (Ctrl-C ends it)", flush=True)
     page.block_thread()
