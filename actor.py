@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from env import INSTRUCTIONS, DialogueEnv, Task
 from env import action_tokens, control_tokens, end_of_turn, grade, known_ids, render
+from machinery.bars import progress
 from machinery.files import InputError
 from machinery.schema import outside_state, read_records
 from machinery.train import arg, check_context, fit
@@ -164,7 +165,7 @@ def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_t
     no_token = sorted(set(range(logits_BV.shape[-1])) - known_ids(tokenizer))
     no_token = torch.tensor(no_token, dtype=torch.long, device=device)
     turns = [[] for _ in prompts]
-    for step in range(max_tokens):
+    for step in progress(range(max_tokens), "tokens"):
         logits_BV = logits_BV.index_fill(-1, no_token, -float("inf"))
         token_B = pick(logits_BV, noise_BT[active, step], temperature, top_p)
         cut_off_B = torch.isin(token_B, control)
@@ -194,7 +195,9 @@ def play_out(model, tokenizer, envs, human, keys, *, temperature=1.0, top_p=1.0,
     """
     active = [i for i, env in enumerate(envs) if env.answer is None]
     memory, read = None, {}  # what the model has read is remembered: a turn reads only what is new
-    while active:
+    for _ in progress(range(max((env.max_turns for env in envs), default=0)), "turns"):
+        if not active:
+            break
         ask_human(human, [envs[i] for i in active])
         active = [i for i in active if envs[i].messages[-1]["role"] == "user"]
         if not active:
@@ -320,7 +323,7 @@ def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade):
                 env.step(candidate["content"], output_ids=candidate["output_ids"])
                 envs.append(env)
                 keys.append((seed, "play on", s, c, k))
-    for i in range(0, len(envs), 512):
+    for i in progress(range(0, len(envs), 512), "played on"):
         play_out(model, tokenizer, envs[i:i + 512], human, keys[i:i + 512], max_tokens=cfg.max_tokens)
     if any(env.answer is None for env in envs):
         raise InputError("the human left; the same command starts this stage again")

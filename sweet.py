@@ -48,7 +48,7 @@ from machinery import schema
 from machinery.bars import note, whole_bars
 from machinery.files import InputError, JsonlWriter, forgive, put_text, write_groups, write_json, write_lines
 from machinery.flags import Flags, read_settings
-from machinery.folder import closing, flags_given, keep, measured, place, recall, show_status
+from machinery.folder import closing, flags_given, keep, measured, place, recall, remembering, show_status, to_redo
 from machinery.provenance import remember
 from machinery.reasons import why_no_pair, why_no_success, why_no_turn_pair
 from machinery.seeds import run_seeds
@@ -118,7 +118,7 @@ class Run:
         self.stages = {name: dataclasses.replace(stage, after=[n for n in stage.after if n not in left_out])
                        for name, stage in STAGES.items()}
         words = [flat(s, task=options.task, seed=self.seed) for s in (settings, settings_of(options, flags=False))]
-        self.redo = [name for name in options.redo.split(",") if name]
+        self.redo = to_redo(self)
         self.record = Record(self.stages, *words, self.outputs, self.redo)
 
     def path(self, name):
@@ -411,7 +411,7 @@ def run_stage(run, name):
     if not run.outputs(name) or output.exists() and name != "report":  # given; a report is made anew
         return
     if name in run.todo:
-        note(place(run.todo, name))
+        note(place(run, name))
     start, run.options.running = time.monotonic(), name
     stage.work(run)
     run.options.running = ""
@@ -471,10 +471,7 @@ def work(run, stage):
     """Run a stage, or all, alone in the folder of the run."""
     run.variant.mkdir(parents=True, exist_ok=True)
     name = "report" if stage == "all" else stage
-    with alone(run.root):
-        if run.todo:
-            run.record.make_room(run.redo)
-            keep(run)
+    with alone(run.root), remembering(run):
         run_stage(run, name)
     if name != "report":
         print(f"{stage} is done{'' if run.todo else ' already'}: {run.path(STAGES[name].output)}")

@@ -21,7 +21,7 @@ def note(text):
     tqdm.write(text, file=sys.stderr)
 
 
-def part(items, label):
+def progress(items, label):
     """Iterate over a part of a stage's work."""
     return tqdm(items, desc=f"{label:>12}", delay=DELAY, leave=False, mininterval=0.5, disable=len(items) < 2)
 

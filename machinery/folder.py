@@ -10,15 +10,24 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+from machinery.bars import note
 from machinery.files import InputError, read_json, write_json
-from machinery.process import KEPT, holder, one_line
+from machinery.process import KEPT, LOCK, holder, one_line
 from machinery.settings import dependencies, leftovers
 from machinery.train import Given
 
 FILE = "settings.json"
+REDO = "redo.json"  # while what --redo removed is made again: the command that does
+# seconds of the stages on two cores, for their proportions
+DEFAULT_RUN = {"base": 73, "rollout": 6, "critic": 17, "samples": 35, "candidates": 9, "pairs": 1, "actor": 55,
+               "rft": 9, "multiturn": 17, "eval": 21, "credit": 65}
+SMOKE_RUN = {"base": 31, "rollout": 3, "critic": 2, "samples": 1, "candidates": 0.3, "pairs": 0.1, "actor": 0.4,
+             "rft": 0.3, "multiturn": 1, "eval": 4, "credit": 1.5}
 OWN = ("stage", "run", "redo", "given", "running")  # what a command does not leave to the next one
 
 
@@ -79,6 +88,50 @@ def keep(run):
         write_json(run.variant / FILE, now)
 
 
+# ------------------------------------------------------------------ --redo
+
+def asked(options):
+    """What tells one --redo from another."""
+    return {"redo": options.redo, **flags_given(options)}
+
+
+def to_redo(run):
+    """The stages that --redo names; none where this very command was stopped after it had removed what they left."""
+    done = run.options.redo and peek(run.variant / REDO) == asked(run.options)
+    return [name for name in run.options.redo.split(",") if name and not done]
+
+
+def remove(path):
+    """A file, or a folder, which is there whole or not at all."""
+    if path.is_dir():
+        path = path.rename(f"{path}.gone")
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def remembering(run):
+    """While stages run: what --redo names has gone, and the flags are kept."""
+    if run.todo:
+        make_room(run)
+        keep(run)
+    yield
+    if (run.variant / REDO).exists():
+        (run.variant / REDO).unlink()
+
+
+def make_room(run):
+    """Remove what --redo names and all that was made from it, the last first: at a stop, what is left fits together."""
+    if run.redo:
+        gone = list(run.record.what_follows(run.redo))
+        for path in reversed(gone):
+            remove(Path(path))
+        note(f"sweet: removed: {shlex.join(gone)}" if gone else "sweet: note: --redo: nothing was there")
+        write_json(run.variant / REDO, asked(run.options))
+    run.record.redo = []
+
+
 # ------------------------------------------------------------------ what is done, and what is left
 
 def in_words(seconds):
@@ -99,11 +152,19 @@ def measured(run, name):
     return None
 
 
-def place(todo, name):
-    """Where a run is when a stage begins. todo: {stage: its seconds, None where not known} of all that it makes."""
-    done = list(todo).index(name)
-    known = list(todo.values())[done:]
-    time = f", about {in_words(sum(known))} left" if all(known) else ""
+def place(run, name):
+    """Where a run is when a stage begins, and about how long the rest takes: as long as it did elsewhere, or, where
+    that is not known, in proportion to what this run took so far. run.todo: {stage: its seconds, or None} of what it
+    makes."""
+    shares = SMOKE_RUN if run.options.smoke else DEFAULT_RUN
+    took = {stage: value for stage, value in peek(run.root / "seconds.json").items() if stage in shares}
+    pace = sum(took.values()) / sum(shares[stage] for stage in took) if took else None
+    todo = list(run.todo)
+    done = todo.index(name)
+    left = [run.todo[stage] for stage in todo[done:]]
+    if pace:
+        left = [pace * shares[stage] if known is None else known for stage, known in zip(todo[done:], left)]
+    time = "" if None in left else f", about {in_words(sum(left))} left"
     return f"sweet: {done + 1} of {len(todo)}, {name}{time}"
 
 
@@ -171,6 +232,8 @@ def status(run, title):
     busy = holder(run.root)
     if busy:
         print(f"  lock: held by {busy}; it works here, others wait")
+    elif (run.root / LOCK).exists():
+        print(f"  lock: free; {LOCK} just stays there")
     if any(row[0] == "begun" for row in found.values()):
         print(f"  begun: {'being made now' if busy else f'stopped on the way; {KEPT}'}")
     print(f"  next: {f'{left[0]} (python sweet.py --run {run.root})' if left else 'nothing, everything is done'}")

@@ -11,7 +11,6 @@ import dataclasses
 import fnmatch
 import os
 import shlex
-import shutil
 from pathlib import Path
 
 from machinery.files import InputError, fingerprint, holds_something, note, read_json, write_json
@@ -154,12 +153,3 @@ class Record:
             if name not in makes or stage == "report" or not self.outputs(name):
                 raise InputError(f"--redo {name}: expected a stage that '{stage}' makes in this run; they are "
                                  f"{', '.join(filter(self.outputs, makes)) if stage != 'report' else 'none'}")
-
-    def make_room(self, names):
-        """Remove what these stages left and all that was made from it."""
-        gone = self.what_follows(names)
-        for path in map(Path, gone):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if gone:
-            note(f"sweet: removed: {shlex.join(gone)}")
-        self.redo = []

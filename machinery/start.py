@@ -29,7 +29,7 @@ def stages_to_do(run, stages, stage):
     while names:
         name = names.pop()
         given = {"base": run.given.model, "rollout": run.given.trajectories}.get(name)
-        if not given and (name in run.redo or not run.path(stages[name].output).exists()):
+        if not given and (name in run.record.redo or not run.path(stages[name].output).exists()):
             found.add(name)
         names += stages[name].after
     return found - {"report"}  # it only reads
@@ -47,8 +47,8 @@ def check_start(run, stage, todo):
             check_adapters("--lora")
     if todo & {"base", *DIALOGUES}:
         run.world.check_installed(run.given.clip)
-    if stage not in ("table", "play"):
-        for name in sorted(todo):
+    if stage not in ("table", "play", "report"):
+        for name in [*sorted(todo), "report" if stage == "all" else stage]:
             run.record.check(name)  # where files were made with other settings, that is what to say
     if todo and run.given.model:
         run.model("base", train=True)

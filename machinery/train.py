@@ -24,7 +24,8 @@ import torch
 from tqdm import tqdm
 
 from env import end_of_turn, render
-from machinery.files import InputError, note, put, put_text, set_aside
+from machinery.bars import note, progress
+from machinery.files import InputError, put, put_text, set_aside
 from machinery.optional import require
 
 
@@ -336,7 +337,8 @@ def take_step(model, batch, loss_fn, micro_batch):
     """Gradient of the mean loss over a batch, `micro_batch` examples at a time; returns the step's figures. A mean over
     tokens is one of the whole batch, which is why the loss sees the batch beside its part."""
     row, size = {}, micro_batch or len(batch)
-    for part in (batch[i:i + size] for i in range(0, len(batch), size)):
+    for i in progress(range(0, len(batch), size), "micro-batches"):
+        part = batch[i:i + size]
         loss, metrics = loss_fn(model, part, batch)
         share = len(part) / len(batch)
         (share * loss).backward()
