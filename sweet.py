@@ -23,6 +23,7 @@ ones contradict what is there, they are refused.
 """
 import copy
 import dataclasses
+import functools
 import os
 import random
 import sys
@@ -458,6 +459,7 @@ def table(run, cfg):
 
 # ------------------------------------------------------------------ command line
 
+@functools.cache
 def parser():
     return Flags(__doc__, GROUPS, stage=["all", *STAGES, "play", "table", "status"], task=list(WORLDS))
 

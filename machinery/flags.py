@@ -52,8 +52,11 @@ class Flags:
         self.places = {name_of(group, f): (group, f) for group, kind in self.groups.items() for f in fields(kind)}
         self.flags = {name: flag_of(*place) for name, place in self.places.items()}
         self.texts = {}
-        parts = {group: self.part(group, kind) for group, kind in self.groups.items()}
-        self.kind = make_dataclass("Flags", [(name, made, field(default_factory=made)) for name, made in parts.items()])
+        parts = []
+        for group, kind in self.groups.items():
+            made = self.part(group, kind)
+            parts.append((group, Annotated[made, tyro.conf.arg(help=kind.__doc__)], field(default_factory=made)))
+        self.kind = make_dataclass("Flags", parts)
 
     def part(self, group, kind):
         """The same dataclass in tyro's words."""
@@ -70,7 +73,7 @@ class Flags:
             if name == "stage":
                 allowed = tyro.conf.Positional[allowed]
             made.append((f.name, Annotated[allowed, how], f.default))
-        return make_dataclass(group, made, namespace={"__doc__": kind.__doc__})
+        return make_dataclass(group, made)
 
     def help(self):
         """The stages and the flags that matter, on one screen."""
