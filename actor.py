@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from env import INSTRUCTIONS, DialogueEnv, Task
 from env import action_tokens, control_tokens, end_of_turn, grade, known_ids, render
+from machinery.bars import progress
 from machinery.files import InputError
 from machinery.schema import outside_state, read_records
 from machinery.train import arg, check_context, fit
@@ -37,48 +38,70 @@ from kernels.prefix import branches
 @dataclass(frozen=True)
 class Rollout:
     """Dialogues by the initial policy."""
-    tasks: int = arg(120, "training tasks (with --tasks: all of the file, unless given)", 10000)
-    per_task: int = arg(8, "offline dialogues a task")
-    max_turns: int = arg(4, "turns of a dialogue, the answer included", 10)
-    max_tokens: int = arg(48, "tokens of a turn at most")
-    temperature: float = arg(1.0, "sampling temperature of the offline dialogues")
-    call_seconds: float = arg(1.0, "seconds that a test call of an answer may run")
+    tasks: int = 120
+    """Training tasks (with --tasks: all of the file, unless given)."""
+    per_task: int = 8
+    """Offline dialogues a task."""
+    max_turns: int = 4
+    """Turns of a dialogue, the answer included."""
+    max_tokens: int = 48
+    """Tokens of a turn at most."""
+    temperature: float = 1.0
+    """Sampling temperature of the offline dialogues."""
+    call_seconds: float = 1.0
+    """Seconds that a test call of an answer may run."""
 
 
 @dataclass(frozen=True)
 class Candidates:
     """Turns for the critic to choose from."""
-    states: int = arg(4000, "states (turns of offline dialogues) to sample at, at most")
-    n: int = arg(16, "candidates a state", 16)
+    states: int = 4000
+    """States (turns of offline dialogues) to sample at, at most."""
+    n: int = 16
+    """Candidates a state."""
 
 
 @dataclass(frozen=True)
 class Actor:
     """DPO on turn pairs (Eq. 4)."""
-    lr: float = arg(1e-3, "learning rate", 2e-7)
-    beta: float = arg(1.0, "Eq. 4's beta", 0.1)
-    nll: float = arg(1.0, "weight of the chosen turn's negative log-likelihood", 0.01, least=0)
-    batch_size: int = arg(16, "turn pairs a step", 8)
-    epochs: int = arg(4, "passes over the pairs", 1)
+    lr: float = 1e-3
+    """Learning rate."""
+    beta: float = 1.0
+    """Eq. 4's beta."""
+    nll: float = arg(1.0, least=0)
+    """Weight of the chosen turn's negative log-likelihood."""
+    batch_size: int = 16
+    """Turn pairs a step."""
+    epochs: int = 4
+    """Passes over the pairs."""
 
 
 @dataclass(frozen=True)
 class Rft:
     """Rejection-sampling fine-tuning, a baseline."""
-    lr: float = arg(1e-3, "learning rate", 2e-7)
-    batch_size: int = arg(32, "trajectories a step", 32)
-    epochs: int = arg(20, "passes over the successful trajectories", 4)
+    lr: float = 1e-3
+    """Learning rate."""
+    batch_size: int = 32
+    """Trajectories a step."""
+    epochs: int = 20
+    """Passes over the successful trajectories."""
 
 
 @dataclass(frozen=True)
 class Multiturn:
     """DPO on whole trajectories, a baseline."""
-    per_task: int = arg(6, "trajectory pairs a task at most")
-    lr: float = arg(1e-3, "learning rate", 2e-7)
-    beta: float = arg(1.0, "DPO's beta on whole trajectories", 0.1)
-    nll: float = arg(1.0, "weight of the chosen trajectory's negative log-likelihood", 0.01, least=0)
-    batch_size: int = arg(8, "trajectory pairs a step", 8)
-    epochs: int = arg(8, "passes over the pairs", 4)
+    per_task: int = 6
+    """Trajectory pairs a task at most."""
+    lr: float = 1e-3
+    """Learning rate."""
+    beta: float = 1.0
+    """DPO's beta on whole trajectories."""
+    nll: float = arg(1.0, least=0)
+    """Weight of the chosen trajectory's negative log-likelihood."""
+    batch_size: int = 8
+    """Trajectory pairs a step."""
+    epochs: int = 8
+    """Passes over the pairs."""
 
 
 # ------------------------------------------------------------------ Eq. 4
@@ -144,7 +167,7 @@ def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_t
     no_token = sorted(set(vocabulary) - known_ids(tokenizer))
     no_token = torch.tensor(no_token, dtype=torch.long, device=device)
     turns = [[] for _ in prompts]
-    for step in range(max_tokens):
+    for step in progress(range(max_tokens), "tokens"):
         logits_BV = logits_BV.index_fill(-1, no_token, -float("inf"))
         token_B = pick(logits_BV, noise_BT[active, step], temperature, top_p)
         cut_off_B = torch.isin(token_B, control)
@@ -176,7 +199,9 @@ def play_out(model, tokenizer, envs, human, keys, **decoding):
     """
     active = [i for i, env in enumerate(envs) if env.answer is None]
     memory, read = None, {}  # what the model has read is remembered: a turn reads only what is new
-    while active:
+    for _ in progress(range(max((env.max_turns for env in envs), default=0)), "turns"):
+        if not active:
+            break
         ask_human(human, [envs[i] for i in active])
         active = [i for i in active if envs[i].messages[-1]["role"] == "user"]
         if not active:
@@ -322,7 +347,7 @@ def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade):
                 env.step(candidate["content"], output_ids=candidate["output_ids"])
                 envs.append(env)
                 keys.append((seed, "play on", s, c, k))
-    for start in range(0, len(envs), 512):
+    for start in progress(range(0, len(envs), 512), "played on"):
         part = slice(start, start + 512)
         play_out(model, tokenizer, envs[part], human, keys[part], max_tokens=cfg.max_tokens)
     if any(env.answer is None for env in envs):

@@ -20,6 +20,7 @@ Shapes: B trajectories, K turns.
 """
 import itertools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,25 +34,33 @@ from kernels.logprob import turn_logprobs
 @dataclass(frozen=True)
 class Pairs:
     """Which trajectories and which turns are paired."""
-    per_task: int = arg(16, "trajectory pairs a task at most, for the critic")
-    margin: float = arg(0.0, "reward difference that makes a trajectory pair; 0: success against failure", 0.0,
-                        least=0)
-    per_state: int = arg(2, "turn pairs a state at most", 4)
+    per_task: int = 16
+    """Trajectory pairs a task at most, for the critic."""
+    margin: float = arg(0.0, least=0)
+    """Reward difference that makes a trajectory pair; 0: success against failure."""
+    per_state: int = 2
+    """Turn pairs a state at most."""
 
 
 @dataclass(frozen=True)
 class Critic:
     """The critic's training (Eq. 2) and how its advantage is computed (Eq. 3)."""
-    lr: float = arg(1e-3, "learning rate", 2e-7)
-    beta: float = arg(1.0, "Eq. 2's beta", 0.1)
-    nll: float = arg(0.1, "weight of the chosen turns' negative log-likelihood", 0.01, least=0)
-    batch_size: int = arg(8, "trajectory pairs a step", 8)
-    epochs: int = arg(3, "passes over the pairs", 4)
-    normalize: str = arg("turn", "length normalisation of A: turn, none or trajectory", "turn",
-                         among=("turn", "none", "trajectory"))
-    rank_against: str = arg("c", "pi_ref reads the reference when ranking (c), or not (own, as the official code)", "c",
-                            among=("c", "own"))
-    reference: bool = arg(True, "the critic reads the reference; --no-reference: it does not", True, flag="reference")
+    lr: float = 1e-3
+    """Learning rate."""
+    beta: float = 1.0
+    """Eq. 2's beta."""
+    nll: float = arg(0.1, least=0)
+    """Weight of the chosen turns' negative log-likelihood."""
+    batch_size: int = 8
+    """Trajectory pairs a step."""
+    epochs: int = 3
+    """Passes over the pairs."""
+    normalize: Literal["turn", "none", "trajectory"] = "turn"
+    """Length normalisation of A: turn, none or trajectory."""
+    rank_against: Literal["c", "own"] = "c"
+    """pi_ref reads the reference when ranking (c), or not (own, as the official code)."""
+    reference: bool = arg(True, flag="reference")
+    """The critic reads the reference; --no-reference: it does not."""
 
 
 # ------------------------------------------------------------------ Eq. 2 and 3

@@ -17,7 +17,6 @@ import copy
 import functools
 import itertools
 import re
-import sys
 from dataclasses import dataclass, field
 
 from jinja2 import TemplateError
@@ -25,7 +24,7 @@ from tokenizers import AddedToken
 
 from machinery import sandbox, schema
 from machinery.files import InputError as InputError
-from machinery.files import clean
+from machinery.files import clean, note
 from machinery.program import extract_code as extract_code
 
 ANSWER_MARKER = "I WANT TO ANSWER:"
@@ -186,7 +185,7 @@ def _scaffold(tokenizer):
     if opening.rstrip() == prompt.rstrip():
         opening = prompt  # white space in front of a turn is for the agent to write, or not
     else:
-        print(f"note: the chat template asks for a turn with {prompt!r} but writes one with {opening!r}: using this")
+        note(f"note: the chat template asks for a turn with {prompt!r} but writes one with {opening!r}: using this")
     between = between.lstrip()
     after = after.lstrip() or between
 
@@ -384,4 +383,4 @@ def warn_of_failures(task, reports):
     """Say on which calls a reference fails."""
     for (name, call), report in zip(task.test_cases.items(), reports):
         if failed(report):
-            print(f"{task.where}: broken task: its reference fails on {name}, {call}: {report[1:]}", file=sys.stderr)
+            note(f"{task.where}: broken task: its reference fails on {name}, {call}: {report[1:]}")

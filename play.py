@@ -21,6 +21,7 @@ import sys
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Literal
 
 import actor
 import report
@@ -38,12 +39,16 @@ LAST_WORDS = ("The scripted human says here: \"{}\" An agent that was trained wi
 @dataclass(frozen=True)
 class Play:
     """A dialogue with you."""
-    web: bool = arg(False, "a page in your browser (needs gradio) in the place of the terminal", flag="web")
-    host: str = arg("127.0.0.1", "the address that the page listens on; 0.0.0.0: the whole network", flag="host")
-    port: int = arg(0, "the port that it listens on; 0: the first free one from 7860 on", flag="port", least=0,
-                    most=65535)
-    policy: str = arg("actor", "whom you talk with first", among=("base", "rft", "multiturn", "actor"))
-    seed: int = arg(0, "which held-out task, and the agent's draws; 0: another one each time, which is shown", least=0)
+    web: bool = arg(False, flag="web")
+    """A page in your browser (needs gradio) in the place of the terminal."""
+    host: str = arg("127.0.0.1", flag="host")
+    """The address that the page listens on; 0.0.0.0: the whole network."""
+    port: int = arg(0, flag="port", least=0, most=65535)
+    """The port that it listens on; 0: the first free one from 7860 on."""
+    policy: Literal["base", "rft", "multiturn", "actor"] = "actor"
+    """Whom you talk with first."""
+    seed: int = arg(0, least=0)
+    """Which held-out task, and the agent's draws; 0: another one each time, which is shown."""
 
 
 class Pause(Human):

@@ -28,7 +28,7 @@ import numpy as np
 
 from env import ANSWER_MARKER, Task
 from machinery import charts
-from machinery.files import InputError, clean, put_text, read_json
+from machinery.files import InputError, clean, note, put_text, read_json
 from machinery.schema import evaluation, read_records, trajectory
 from machinery.train import Machine, load_model
 from worlds import backend
@@ -1010,7 +1010,7 @@ def write(root, out, dialogues=6, world=backend, machine=None, defaults=None):
     try:
         put_text(out, clean(page))
     except OSError as error:  # a run that can only be read has its table all the same
-        print(f"sweet: note: {out} cannot be written ({error.strerror})", file=sys.stderr)
+        note(f"sweet: note: {out} cannot be written ({error.strerror})")
 
 
 # ------------------------------------------------------------------ the README's pictures

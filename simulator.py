@@ -19,8 +19,10 @@ import importlib
 import random
 import sys
 
+from tqdm import tqdm
+
 from env import end_of_turn, render
-from machinery.files import InputError, forgive
+from machinery.files import InputError, forgive, note
 from machinery.optional import first_line
 from machinery.server import Endpoint, Server
 from machinery.thoughts import spoken
@@ -52,7 +54,7 @@ def say(texts, tasks, silence=NO_PREFERENCE):
     """What a language model's texts (None: there is none) say to the agent, or `silence`: cut, without thoughts."""
     replies = [text and cut(spoken(text), task) for text, task in zip(texts, tasks)]
     if "" in replies:
-        print(f"note: {replies.count('')} replies were empty or refused, or just thoughts: {silence!r} stands in")
+        tqdm.write(f"note: {replies.count('')} replies were empty or refused, or just thoughts: {silence!r} stands in")
     return [silence if reply == "" else reply for reply in replies]
 
 
@@ -124,7 +126,7 @@ class EndpointHuman(Human):
     def reply(self, tasks, dialogues):
         texts = self.endpoint.complete([self.conversation(*pair) for pair in zip(tasks, dialogues)])
         if None in texts:
-            print(f"note: {self.url} does not reply any more: {self.endpoint.gone}", file=sys.stderr)
+            note(f"note: {self.url} does not reply any more: {self.endpoint.gone}")
         return say(texts, tasks, self.silence)
 
 

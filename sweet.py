@@ -1,37 +1,36 @@
 """SWEET-RL on one page: the stages in order, the command line, the results.
 
-    python sweet.py                     everything, into runs/default/ (a laptop will do)
-    python sweet.py --smoke             the same in miniature, to see that it works
-    python sweet.py STAGE               one stage, after what it needs and what is missing
+    python sweet.py [STAGE] [--flags]   without STAGE all of them (a laptop will do)
+    python sweet.py status              what is done in a run, and what comes next
     python sweet.py play                you are the human
-    python sweet.py table               the README's table: several seeds of everything, and SWEET without c
+    python sweet.py table               the README's table: several seeds of everything
 
-Stages hand each other files under runs/NAME/, never hidden state:
+Stages hand each other files under runs/NAME/, never hidden state. One that is done is
+skipped, one that was killed goes on where it was. A run remembers its flags; where new
+ones contradict what is there, they are refused.
 
-    base        base/               the initial policy of the small world (with --model: yours)
+    base        base/               the initial policy of the small world
     rollout     trajectories.jsonl  offline dialogues by the initial policy, with rewards
-    critic      critic/             Bradley-Terry on whole trajectories, reading the reference            Eq. 2, 3
-    samples     samples.jsonl       candidate turns at states of the offline dialogues, with pi_ref's log-probs
+    critic      critic/             Bradley-Terry on whole trajectories, given c  (Eq. 2, 3)
+    samples     samples.jsonl       candidate turns at states of the offline dialogues
     candidates  candidates.jsonl    the same, with the critic's advantages
     pairs       pairs.jsonl         chosen and rejected turns (TRL's preference format)
-    actor       actor/              DPO on turn pairs                                                     Eq. 4
-    rft, multiturn                  the baselines on the same trajectories: rft/, multiturn/
+    actor       actor/              DPO on turn pairs  (Eq. 4)
+    rft, multiturn                  the baselines on the same trajectories
     eval        eval.jsonl          dialogues of every policy on held-out tasks, graded
-    credit      credit.json         is the critic right? against what the world knows, and against Monte Carlo
-    report      report.html         what the run learned
-
-A stage that is done is skipped; a stage that was killed goes on where it was; files made with other settings are
-refused, and so is a second process on the same folder. Hyper-parameters: one dataclass a stage, beside the code that
-uses it; every field is a flag, and --help shows the paper's value beside ours.
+    credit      credit.json         is the critic right?
+    report      report.html         what there is of a run, on one page
 """
 import copy
 import dataclasses
+import functools
 import os
 import random
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from machinery.process import InUse, alone, one_line, stop_on_signals
 
@@ -48,14 +47,16 @@ import report
 from env import ANSWER_MARKER
 from env import load_tasks, read_trajectories, render
 from machinery import schema
+from machinery.bars import note, whole_bars
 from machinery.files import InputError, JsonlWriter, forgive, put_text, write_groups, write_json, write_lines
-from machinery.flags import make_parser, read_settings
+from machinery.flags import Flags, read_settings
+from machinery.folder import closing, flags_given, keep, measured, place, recall, remembering, show_status, to_redo
 from machinery.provenance import remember
 from machinery.reasons import why_no_pair, why_no_success, why_no_turn_pair
 from machinery.seeds import run_seeds
 from machinery.server import Server
 from machinery.settings import Record, check_tasks_given, flat, no_held_out
-from machinery.start import check_start
+from machinery.start import check_start, machine_here, stages_to_do
 from machinery.train import Given, Machine, arg, check_finite, check_states, check_views, load_model, save_to
 from worlds import backend, frontend
 
@@ -63,25 +64,32 @@ from worlds import backend, frontend
 @dataclass(frozen=True)
 class Eval:
     """Held-out dialogues."""
-    tasks: int = arg(500, "held-out tasks (with --heldout: all of the file, unless given)", 1000)
-    split: str = arg("test", "held-out tasks of the small world: dev (to choose settings) or test (once)",
-                     among=("dev", "test"))
-    top_p: float = arg(0.9, "the second way of decoding; the first is plain sampling at temperature 1", most=1)
+    tasks: int = 500
+    """Held-out tasks (with --heldout: all of the file, unless given)."""
+    split: Literal["dev", "test"] = "test"
+    """Held-out tasks of the small world: dev (to choose settings) or test (once)."""
+    top_p: float = arg(0.9, most=1)
+    """The second way of decoding; the first is plain sampling at temperature 1."""
 
 
 @dataclass(frozen=True)
 class Credit:
     """How the critic is checked."""
-    states: int = arg(200, "held-out states whose candidates the critic is tested on")
-    monte_carlo_states: int = arg(20, "states whose candidates are also valued by playing on", least=0)
-    monte_carlo_rollouts: int = arg(24, "dialogues played on from each candidate")
+    states: int = 200
+    """Held-out states whose candidates the critic is tested on."""
+    monte_carlo_states: int = arg(20, least=0)
+    """States whose candidates are also valued by playing on."""
+    monte_carlo_rollouts: int = 24
+    """Dialogues played on from each candidate."""
 
 
 @dataclass(frozen=True)
 class Table:
     """The stage table: several seeds of everything."""
-    seeds: int = arg(5, "number of seeds", flag="seeds")
-    jobs: int = arg(2, "seeds that run at the same time", flag="jobs")
+    seeds: int = 5
+    """Number of seeds."""
+    jobs: int = 2
+    """Seeds that run at the same time."""
 
 
 GROUPS = {"given": Given, "machine": Machine, "human": Server, "base": backend.Base, "rollout": actor.Rollout,
@@ -112,7 +120,8 @@ class Run:
         self.stages = {name: dataclasses.replace(stage, after=[n for n in stage.after if n not in left_out])
                        for name, stage in STAGES.items()}
         words = [flat(s, task=options.task, seed=self.seed) for s in (settings, settings_of(options, flags=False))]
-        self.record = Record(self.stages, *words, self.outputs)
+        self.redo = to_redo(self)
+        self.record = Record(self.stages, *words, self.outputs, self.redo)
 
     def path(self, name):
         """A file of the run. What depends on whether the critic reads c lies in a folder of its own when it does
@@ -403,6 +412,8 @@ def run_stage(run, name):
         run_stage(run, earlier)
     if not run.outputs(name) or output.exists() and name != "report":  # given; a report is made anew
         return
+    if name in run.todo:
+        note(place(run, name))
     start, run.options.running = time.monotonic(), name
     stage.work(run)
     run.options.running = ""
@@ -412,16 +423,18 @@ def run_stage(run, name):
 
 # ------------------------------------------------------------------ table
 
-def table(argv, options, run, cfg):
+def table(run, cfg):
     """The README's table: everything with several seeds from --seed on, with and without c, under one folder; then one
     table of all."""
+    words = parser().words(flags_given(run.options))
+
     def unfinished(folder, extra):
-        one = copy.copy(options)
-        one.run, one.__dict__["critic.reference"] = folder, not extra
-        here = Run(one, settings_of(one))
+        here = open_run(["table", *words, f"--run={folder}", *extra])
         return next(name for name in STAGES if not all(output.exists() for output in here.outputs(name)[:1]))
-    seeds = range(options.seed, options.seed + cfg.seeds)
-    runs = run_seeds([sys.executable, __file__, *argv], run.root, seeds, cfg.jobs, unfinished)
+    with alone(run.root):
+        keep(run)
+    seeds = range(run.seed, run.seed + cfg.seeds)
+    runs = run_seeds([sys.executable, __file__, *words], run.root, seeds, cfg.jobs, unfinished)
     text = report.results_table(runs, run.world)
     print(text)
     put_text(run.root / "table.md", text)
@@ -429,8 +442,9 @@ def table(argv, options, run, cfg):
 
 # ------------------------------------------------------------------ command line
 
+@functools.cache
 def parser():
-    return make_parser(__doc__, ["all", *STAGES, "play", "table"], GROUPS, list(WORLDS))
+    return Flags(__doc__, GROUPS, stage=["all", *STAGES, "play", "table", "status"], task=list(WORLDS))
 
 
 def settings_of(options, flags=True):
@@ -439,25 +453,32 @@ def settings_of(options, flags=True):
 
 
 def work(run, stage):
-    """Run a stage, or all, alone in the folder of the run. A report needs no lock, if it only reads what is there."""
+    """Run a stage, or all, alone in the folder of the run."""
     run.variant.mkdir(parents=True, exist_ok=True)
     name = "report" if stage == "all" else stage
-    output = run.path(STAGES[name].output)
-    done = output.exists()
+    with alone(run.root), remembering(run):
+        run_stage(run, name)
+    if name != "report":
+        print(f"{stage} is done{'' if run.todo else ' already'}: {run.path(STAGES[name].output)}")
+        return
+    if not run.todo:
+        print("everything is done already: only the report is made anew")
+    print(f"\n{report.results_table([run.root], run.world)}\n{closing(run)}")
+
+
+def report_alone(run):
+    """A report of what is there. It needs no lock, as it only reads; flags are compared if some are given."""
+    if set(run.options.given) - {"run"}:
+        run.claim("report")
     try:
-        if stage == "report" and not os.access(run.root, os.W_OK):
+        if not os.access(run.root, os.W_OK):
             raise InUse(f"{run.root} can only be read")
         with alone(run.root):
-            run_stage(run, name)
+            stage_report(run)
     except InUse as error:
-        if stage != "report":
-            raise
-        print(f"sweet: note: {error}: a report of what is there so far", file=sys.stderr)
+        note(f"sweet: note: {error}: a report of what is there so far")
         stage_report(run)
-    if name != "report":
-        print(f"{stage} is done{' already' * done}: {output}")
-    else:
-        print(f"\n{report.results_table([run.root], run.world)}\nreport: {run.path('report.html')}")
+    print(f"\n{report.results_table([run.root], run.world)}\n{closing(run)}")
 
 
 def check_files(run):
@@ -470,26 +491,42 @@ def check_files(run):
             pass  # reading is the check; which ids the tokenizer has is checked when it is there
 
 
+def open_run(argv):
+    options = recall(parser(), argv)
+    return Run(options, settings_of(options))
+
+
 def main(argv=None):
     forgive(sys.stdin, sys.stdout)
-    argv = sys.argv[1:] if argv is None else argv
-    options = parser().parse_args(argv)
-    if options.smoke and options.run == "runs/default":
-        options.run = "runs/smoke"
-    with one_line(options):
-        run = Run(options, settings_of(options))
-        torch.set_num_threads(run.machine.threads)
+    options = recall(parser(), sys.argv[1:] if argv is None else argv)
+    with one_line(options), whole_bars():
+        if options.stage == "status":
+            return show_status(Path(options.run), open_run)
+        begin(Run(options, settings_of(options)), options.stage)
+
+
+def begin(run, stage):
+    """Check what can be known before any work, and do what is asked for."""
+    torch.set_num_threads(run.machine.threads)
+    run.record.check_redo(run.redo, stage)
+    if stage in ("report", "play") and "device" not in run.options.given:
+        run.machine = machine_here(run.machine)
+    todo = stages_to_do(run, run.stages, stage)
+    if todo:
         check_files(run)
-        check_tasks_given(run.given, options.stage)
-        check_start(run, run.stages, options.stage)
-        if options.stage == "table":
-            return table([a for a in argv if a != "table"], options, run, run.settings["table"])
-        if options.stage == "play":
-            if not run.path("critic").exists() or not run.path("actor").exists():
-                raise InputError(f"{run.root}: holds no trained actor and critic to play with; the same flags without "
-                                 "'play' train them")
-            return play.main(run, METHODS)
-        work(run, options.stage)
+    check_tasks_given(run.given, stage)
+    check_start(run, stage, todo)
+    run.todo = {name: measured(run, name) for name in STAGES if name in todo}
+    if stage == "table":
+        return table(run, run.settings["table"])
+    if stage == "play":
+        if not run.path("critic").exists() or not run.path("actor").exists():
+            raise InputError(f"{run.root}: holds no trained actor and critic to play with; the same flags without "
+                             "'play' train them")
+        return play.main(run, METHODS)
+    if stage == "report":
+        return report_alone(run)
+    work(run, stage)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ import io
 import itertools
 import json
 import os
-import sys
 from pathlib import Path
 
 from tqdm import tqdm
+
+from machinery.bars import note
 
 
 class InputError(ValueError):
@@ -127,9 +128,9 @@ def set_aside(path, reason):
     try:
         os.replace(path, aside)
     except OSError:  # a folder that can only be read
-        print(f"sweet: note: {path} cannot be read ({reason}): left out", file=sys.stderr)
+        note(f"sweet: note: {path} cannot be read ({reason}): left out")
     else:
-        print(f"sweet: note: {path} cannot be read ({reason}): set aside as {Path(aside).name}", file=sys.stderr)
+        note(f"sweet: note: {path} cannot be read ({reason}): set aside as {Path(aside).name}")
 
 
 def read_json(path, default=None):

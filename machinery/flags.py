@@ -1,37 +1,139 @@
-"""The command line: a flag for each field of each group of hyper-parameters, and the presets.
+"""The command line: a flag for each field of each group of hyper-parameters (by tyro), and the presets.
 
-Hyper-parameters are dataclasses whose fields are `machinery.train.arg`s, beside the code that uses them; a program
-hands them over as {group's name: dataclass}, and neither names nor defaults are written twice.
+Hyper-parameters are plain dataclasses with a docstring a field, beside the code that uses them; a program hands them
+over as {group's name: dataclass}, and neither names nor defaults are written twice. A flag that is not given is None,
+so that what a run remembers, or a preset, can stand in for it. What tyro would say in a box becomes one line.
 
-Exercised by `python -m pytest tests/test_pipeline.py`.
+Exercised by `python -m pytest tests/test_command.py tests/test_pipeline.py`.
 """
-import argparse
-import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass, field, fields, make_dataclass
+from types import SimpleNamespace
+from typing import Annotated, Literal
 
-from machinery.train import ONE_GPU, SMOKE, check_values, flag_of
+import docstring_parser
+import tyro
+from tyro import _errors  # where tyro says in parts what is wrong; private, hence its exact version
+
+from machinery.files import InputError
+from machinery.train import ONE_GPU, PAPER, SMOKE, check_values, flag_of, name_of
+
+PRESETS = {"small": {}, "paper": PAPER, "one-gpu": ONE_GPU}
+MATTER = """task run seed smoke preset redo model tasks heldout human device rollout.tasks
+    eval.tasks""".split()  # the flags that --help shows
 
 
-def make_parser(text, stages, groups, worlds):
-    """One flag for each field, with its default and the paper's value."""
-    top = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                  allow_abbrev=False, usage="python sweet.py [STAGE] [--flags]")
-    top.add_argument("stage", nargs="?", default="all", choices=stages, metavar="STAGE")
-    top.add_argument("--task", choices=worlds, default=worlds[0], help=f"what to collaborate on (default {worlds[0]})")
-    top.add_argument("--run", default="runs/default", help="folder of the run (default runs/default or runs/smoke)")
-    top.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
-    top.add_argument("--smoke", action="store_true", help="everything in miniature")
-    top.add_argument("--preset", choices=["small", "paper", "one-gpu"], default="small",
-                     help="defaults: those of the small world, the paper's, or a small run on one GPU")
-    top.set_defaults(running="")  # the stage that runs
-    for group, kind in groups.items():
-        section = top.add_argument_group(group, kind.__doc__)
-        for f in dataclasses.fields(kind):
-            paper = "" if f.metadata["paper"] is None else f", paper {f.metadata['paper']}"
-            how = {"type": type(f.default), "metavar": f.name.upper()}
-            how = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else how
-            section.add_argument(flag_of(group, f), dest=f"{group}.{f.name}", default=None,
-                                 help=f"{f.metadata['text']} (default {f.default!r}{paper})", **how)
-    return top
+@dataclass(frozen=True)
+class Common:
+    """What every command knows."""
+    stage: str = "all"
+    """What to do; --help shows the stages."""
+    task: str = "backend"
+    """What to collaborate on: backend (functions), frontend (web pages)."""
+    run: str = "runs/default"
+    """Folder of the run; with --smoke, runs/smoke."""
+    seed: int = 0
+    """Seed of everything."""
+    smoke: bool = False
+    """Everything in miniature; its numbers mean nothing."""
+    preset: Literal[tuple(PRESETS)] = "small"
+    """Defaults: small (the small world's), paper, or one-gpu."""
+    redo: str = ""
+    """STAGE[,STAGE]: remove it, with what came of it; make it again."""
+
+
+class Flags:
+    """The flags of groups of hyper-parameters {name: dataclass}. text: what the help begins with; choices: {name of a
+    flag: its words}, where the program alone knows them."""
+
+    def __init__(self, text, groups, **choices):
+        self.text, self.choices, self.groups = text, choices, {"common": Common, **groups}
+        self.places = {name_of(group, f): (group, f) for group, kind in self.groups.items() for f in fields(kind)}
+        self.flags = {name: flag_of(*place) for name, place in self.places.items()}
+        self.texts = {}
+        parts = []
+        for group, kind in self.groups.items():
+            made = self.part(group, kind)
+            parts.append((group, Annotated[made, tyro.conf.arg(help=kind.__doc__)], field(default_factory=made)))
+        self.kind = make_dataclass("Flags", parts)
+
+    def part(self, group, kind):
+        """The same dataclass in tyro's words."""
+        texts = {part.arg_name: part.description for part in docstring_parser.parse_from_object(kind).params}
+        made = []
+        for f in fields(kind):
+            name, paper = name_of(group, f), PAPER.get(group, {}).get(f.name)
+            self.texts[name] = " ".join(texts[f.name].split())
+            said = "" if paper is None else f", paper {paper!r}"
+            how = tyro.conf.arg(name=self.flags[name][2:], prefix_name=False, help=self.texts[name],
+                                metavar="STAGE" if name == "stage" else None,
+                                help_behavior_hint=f"(default {f.default!r}{said})")
+            allowed = Literal[tuple(self.choices[name])] if name in self.choices else f.type
+            if name == "stage":
+                allowed = tyro.conf.Positional[allowed]
+            made.append((f.name, Annotated[allowed, how], f.default))
+        return make_dataclass(group, made)
+
+    def help(self):
+        """The stages and the flags that matter, on one screen."""
+        rows = [f"    {self.flags[name]:16}  {self.texts[name]}" for name in MATTER]
+        rows.append("    --help-all        Every flag, with its default and the paper's value.")
+        return "\n".join([self.text, *rows])
+
+    def other(self, name):
+        """The flag that says no."""
+        return self.flags[name].replace("--", "--no-", 1)
+
+    def given(self, argv):
+        """The names of the flags that a command line holds."""
+        words = {word.partition("=")[0].replace("_", "-") for word in argv}
+        return [name for name, flag in self.flags.items() if words & {flag, self.other(name)}]
+
+    def words(self, values):
+        """The command line that says {name: value}."""
+        return [self.flags[name] if value is True else self.other(name) if value is False
+                else f"{self.flags[name]}={value}" for name, value in values.items()]
+
+    def nearest(self, word):
+        """The flag that a word may stand for, in words; or nothing."""
+        known = [flag for name, flag in self.flags.items() if name != "stage"]
+        known += [self.other(name) for name, (_, f) in self.places.items() if f.type is bool]
+        near = difflib.get_close_matches(word.partition("=")[0].replace("_", "-"), known, 1)
+        return f"perhaps {near[0]}; " if near else ""
+
+    def refuse(self, event):
+        """InputError, in one line, where tyro would draw a box."""
+        flag = getattr(event, "argument", None) and event.argument.display_name().replace("common.stage", "STAGE")
+        if isinstance(event, _errors.InvalidChoice):
+            near = difflib.get_close_matches(event.value, event.choices, 1)
+            perhaps = f" (perhaps {near[0]})" if near else ""
+            raise InputError(f"{flag} {event.value}: expected {' or '.join(event.choices)}{perhaps}")
+        if isinstance(event, _errors.BadValue):
+            raise InputError(f"{flag}: expected a value")
+        if isinstance(event, _errors.InstantiationFailure):
+            whole = "whole " if "int()" in event.message else ""
+            raise InputError(f"{flag} {event.message.rpartition(': ')[2]}: expected a {whole}number")
+        raise InputError(f"{' '.join(event.tokens)}: not known; {self.nearest(event.tokens[0])}--help-all shows every "
+                         "flag")
+
+    def parse_args(self, argv, remembered=None):
+        """An object with each field of Common, and {name of another flag: its value}, None where it is neither given
+        nor remembered ({name: value}); .given: the names of those that are given. InputError on what is no flag or
+        value. Help ends the program."""
+        if {"-h", "--help"} & set(argv):
+            print(self.help())
+            sys.exit()
+        given = self.given(argv)
+        kept = {name: value for name, value in (remembered or {}).items() if name in self.flags and name not in given}
+        line = ["--help"] if "--help-all" in argv else [*self.words(kept), *argv]
+        with _errors.on_parse_error(self.refuse):
+            found = tyro.cli(self.kind, args=line, prog="python sweet.py", description=self.text.partition("\n")[0])
+        options = SimpleNamespace(given=given, running="")  # .running: the stage that runs
+        for name, (group, f) in self.places.items():
+            known = group == "common" or name in given or name in kept
+            setattr(options, name, getattr(getattr(found, group), f.name) if known else None)
+        return options
 
 
 def read_settings(options, groups, defaults, flags=True):
@@ -39,14 +141,11 @@ def read_settings(options, groups, defaults, flags=True):
     those of the dataclasses."""
     settings = {}
     for group, kind in groups.items():
-        fields, values = dataclasses.fields(kind), dict(defaults.get(group, {}))
-        if options.preset == "one-gpu":
-            values |= ONE_GPU.get(group, {})
-        if options.preset == "paper":
-            values |= {f.name: f.metadata["paper"] for f in fields if f.metadata["paper"] is not None}
+        values = {**defaults.get(group, {}), **PRESETS[options.preset].get(group, {})}
         if options.smoke:
             values |= SMOKE.get(group, {})
-        given = {f.name: getattr(options, f"{group}.{f.name}") for f in fields} if flags else {}
-        settings[group] = kind(**values | {name: value for name, value in given.items() if value is not None})
+        said = {f.name: getattr(options, name_of(group, f)) for f in fields(kind)} if flags else {}
+        values |= {name: value for name, value in said.items() if value is not None}
+        settings[group] = kind(**values)
         check_values(group, settings[group])
     return settings

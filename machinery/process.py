@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from machinery.files import InputError
+from machinery.files import InputError, note
 
 LOCK = ".lock"
 KEPT = "what is finished is kept, the same command goes on from there"
@@ -36,6 +36,21 @@ def open_lock(path):
     return None
 
 
+def said_in(file):
+    file.seek(0)
+    return " ".join(file.read().split()) or "another process"
+
+
+def holder(folder):
+    """The process that holds a folder, in its words, or "". Only reads."""
+    with contextlib.suppress(OSError), open(Path(folder) / LOCK, encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return said_in(file)
+    return ""
+
+
 @contextlib.contextmanager
 def alone(folder):
     """Hold a folder. InUse where another process does; a note where its file system has no locks. A folder that can
@@ -48,12 +63,10 @@ def alone(folder):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holder = " ".join(file.read().split()) or "another process"
-            raise InUse(f"{folder} is in use by {holder}; wait for it to end, or take another --run") from None
+            raise InUse(f"{folder} is in use by {said_in(file)}; wait for it to end, or take another --run") from None
         except OSError as error:
-            print(f"sweet: note: {folder}: no locks on this file system ({error.strerror}); see to it that no other "
-                  "process works there", file=sys.stderr)
+            note(f"sweet: note: {folder}: no locks on this file system ({error.strerror}); see to it that no other "
+                 "process works there")
         with contextlib.suppress(OSError):  # opened for reading only
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}: "

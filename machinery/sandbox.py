@@ -66,6 +66,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from machinery import program
+from machinery.files import note
 
 COUNTER = itertools.count()
 BUSY = 0.7  # of the time on a processor: whoever had less, and did not sleep, had to wait for others
@@ -206,7 +207,7 @@ def tightest_way():
     """The first of the `ways` that works here; says so once."""
     for way, (text, _, _) in enumerate(ways()):
         if works(way):
-            print(f"sweet: answers run under {text}", file=sys.stderr)
+            note(f"sweet: answers run under {text}")
             return way
     raise OSError("programs cannot be run here: no worker process starts")
 

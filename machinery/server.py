@@ -31,11 +31,16 @@ PAUSE = 0.5  # seconds before the second try
 @dataclass(frozen=True)
 class Server:
     """The human behind a URL."""
-    model: str = arg("", "the model to ask for (default: the only one that the server lists)")
-    parallel: int = arg(16, "requests in flight at most")
-    timeout: float = arg(60.0, "seconds until a request without a whole answer counts as lost")
-    retries: int = arg(8, "further tries of a request that failed; then the server counts as gone", least=0)
-    max_tokens: int = arg(128, "tokens of a reply at most")
+    model: str = ""
+    """The model to ask for (default: the only one that the server lists)."""
+    parallel: int = 16
+    """Requests in flight at most."""
+    timeout: float = 60.0
+    """Seconds until a request without a whole answer counts as lost."""
+    retries: int = arg(8, least=0)
+    """Further tries of a request that failed; then the server counts as gone."""
+    max_tokens: int = 128
+    """Tokens of a reply at most."""
 
 
 def text_of(content):

@@ -9,21 +9,21 @@ Exercised by `python -m pytest tests/test_runs.py`.
 """
 import dataclasses
 import fnmatch
+import os
 import shlex
-import sys
+from pathlib import Path
 
-from machinery.files import InputError, fingerprint, holds_something, read_json, write_json
-
-BARE = ("given", "machine")  # groups whose fields are written without the group's name
+from machinery.files import InputError, fingerprint, holds_something, note, read_json, write_json
+from machinery.train import name_of
 
 
 def flat(settings, **more):
     """{field: value} of groups of settings ({name: dataclass}), in the words in which runs are compared."""
     found = dict(more)
     for group, values in settings.items():
-        for name, value in dataclasses.asdict(values).items():
-            field = name if group in BARE else f"{group}.{name}"
-            found[field] = fingerprint(value) if group == "given" else value
+        for field in dataclasses.fields(values):
+            value = getattr(values, field.name)
+            found[name_of(group, field)] = fingerprint(value) if group == "given" else value
     if "://" in (found["human"] or ""):  # a server may move to another address, its model may not change
         found["human"] = f"server: {found['human.model']}"
     return found
@@ -41,8 +41,7 @@ def check_tasks_given(given, stage):
     if no_held_out(given) and stage in ("eval", "credit", "table", "play"):
         raise InputError(f"--tasks without --heldout: {stage} needs held-out tasks, a ColBench file: --heldout FILE")
     if no_held_out(given) and stage in ("all", "report"):
-        print("sweet: note: --tasks without --heldout: held-out tasks are missing, so eval and credit are left out",
-              file=sys.stderr)
+        note("sweet: note: --tasks without --heldout: held-out tasks are missing, so eval and credit are left out")
 
 
 def dependencies(name, stages, values):
@@ -62,22 +61,32 @@ def leftovers(output):
     return [path for path in found if ".unreadable" not in path.suffix and holds_something(path)]
 
 
+def same(then, now):
+    """Whether two settings are one: a folder may be named in several ways, and a file may have gone since."""
+    if isinstance(then, str) and isinstance(now, str):
+        known = os.path.exists(now) or not then.startswith(f"{Path(now).name} (sha256 ")
+        return os.path.abspath(then) == os.path.abspath(now) or not known
+    return then == now
+
+
 class Record:
     """The settings that the stages of a run are made with.
 
     stages: {name: Stage}; values, defaults: {field: value} as asked for now, and as without a flag; outputs: a function
-    of a stage's name: where it leaves its files in this run, then where it does with or without c, if elsewhere.
+    of a stage's name: where it leaves its files in this run, then where it does with or without c, if elsewhere;
+    redo: the stages that are to be made again, so that what they left does not count.
     """
 
-    def __init__(self, stages, values, defaults, outputs):
+    def __init__(self, stages, values, defaults, outputs, redo=()):
         self.stages, self.values, self.defaults, self.outputs = stages, values, defaults, outputs
+        self.redo = self.followers(redo)
 
     def file(self, name):
         return self.outputs(name)[0].parent / "settings" / f"{name}.json"
 
     def changes(self, name):
         """{field: text} for each field whose value is not the one that the files of stage `name` were made with."""
-        begun = any(map(leftovers, self.outputs(name)[:1]))
+        begun = name not in self.redo and any(map(leftovers, self.outputs(name)[:1]))
         theirs = read_json(self.file(name), {}) if begun else {}
         if not theirs:  # nothing is there, or nothing is known of it
             return {}
@@ -86,7 +95,7 @@ class Record:
         return {
             field: f"{field} = {then[field]!r}, now it is {now[field]!r}"
             for field in sorted(now)
-            if then[field] != now[field]
+            if not same(then[field], now[field])
         }
 
     def closure(self, names, ways):
@@ -97,6 +106,9 @@ class Record:
                 found.update(ways(name))
         return [name for name in self.stages if name in found]
 
+    def needs(self, name):
+        return self.closure([name], lambda stage: self.stages[stage].after)
+
     def followers(self, names):
         def ways(name):
             return [later for later, stage in self.stages.items() if name in stage.after]
@@ -106,13 +118,15 @@ class Record:
         """Refuse to mix: InputError where files of a stage, or of one that it reads from, were made with other
         settings, with all that has to go."""
         changed, stale = {stage: self.changes(stage) for stage in self.stages}, {}
-        for stage in self.closure([name], lambda stage: self.stages[stage].after):
+        for stage in self.needs(name):
             stale |= changed[stage]
         if stale:
-            made = [stage for stage in self.stages if stale.keys() & changed[stage].keys()]
+            made = [stage for stage in self.needs("report") if stale.keys() & changed[stage].keys()]
+            first = [stage for stage in made if not set(self.needs(stage)) & set(made) - {stage}]
             command = shlex.join(["rm", "-r", *self.what_follows(made)])
             raise InputError(f"{self.file(made[0])}: {made[0]} was made with {'; '.join(stale.values())}; use another "
-                             f"--run, or make room: {command}")
+                             f"--run, --redo {','.join(first)} (removes these and makes them again), or make room: "
+                             f"{command}")
 
     def claim(self, name):
         """The same, and the settings are written down, unless the stage is done."""
@@ -131,3 +145,11 @@ class Record:
             if len(self.outputs(stage)) == 1 and "candidates" in self.followers([stage]):
                 outputs += [output for follower in self.followers([stage]) for output in self.outputs(follower)]
         return dict.fromkeys(str(path) for output in outputs for path in leftovers(output))
+
+    def check_redo(self, names, stage):
+        """InputError where one of these is no stage that `stage` makes."""
+        makes = self.needs("report" if stage == "all" else stage) if stage in (*self.stages, "all") else []
+        for name in names:
+            if name not in makes or stage == "report" or not self.outputs(name):
+                raise InputError(f"--redo {name}: expected a stage that '{stage}' makes in this run; they are "
+                                 f"{', '.join(filter(self.outputs, makes)) if stage != 'report' else 'none'}")

@@ -5,11 +5,12 @@ has become of its server or its GPU.
 
 Exercised by `python -m pytest tests/test_install.py`.
 """
+import dataclasses
 import tempfile
 
 import torch
 
-from machinery.files import InputError
+from machinery.files import InputError, note
 from machinery.optional import first_line
 from machinery.train import check_adapters
 
@@ -20,23 +21,24 @@ def stages_to_do(run, stages, stage):
     """The names of the stages that `python sweet.py STAGE` has to run, of these (name -> Stage)."""
     if stage == "play":
         return {"play"}
+    if stage == "report":  # of what is there
+        return set()
     if stage == "table" and (run.root / "table.md").exists():
         return set()
     names, found = ["report" if stage in ("all", "table") else stage], set()
     while names:
         name = names.pop()
         given = {"base": run.given.model, "rollout": run.given.trajectories}.get(name)
-        if not given and not run.path(stages[name].output).exists():
+        if not given and (name in run.record.redo or not run.path(stages[name].output).exists()):
             found.add(name)
         names += stages[name].after
     return found - {"report"}  # it only reads
 
 
-def check_start(run, stages, stage):
+def check_start(run, stage, todo):
     """InputError where a stage that is to do would fail for a reason that is known already."""
     folder = run.root if stage == "table" else run.variant
     check_folder(folder)
-    todo = stages_to_do(run, stages, stage)
     if todo:
         check_folder(folder, write=True)
         check_device(run.machine.device)
@@ -45,13 +47,23 @@ def check_start(run, stages, stage):
             check_adapters("--lora")
     if todo & {"base", "play", *DIALOGUES}:
         run.world.check_installed(run.given.clip)
-    if stage not in ("table", "play"):
-        for name in sorted(todo):
+    if stage not in ("table", "play", "report"):
+        for name in [*sorted(todo), "report" if stage == "all" else stage]:
             run.record.check(name)  # where files were made with other settings, that is what to say
     if todo and run.given.model:
         run.model("base", train=True)
     if todo & DIALOGUES:
         run.human()
+
+
+def machine_here(machine):
+    """A machine that a run remembers, on the CPU where its device is not to be had."""
+    try:
+        check_device(machine.device)
+    except InputError as error:
+        note(f"sweet: note: {error}; here on the CPU")
+        return dataclasses.replace(machine, device="cpu")
+    return machine
 
 
 def check_device(device):

@@ -17,35 +17,42 @@ import shutil
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from env import end_of_turn, render
+from machinery.bars import note, progress
 from machinery.files import InputError, put, put_text, set_aside
 from machinery.optional import require
 
 
-def arg(default, text, paper=None, **extra):
-    """A hyper-parameter of a stage: its default (for the small world), what it means, and the paper's value. A number
-    is above 0, unless extra says least=0 (0 is allowed); most: the largest; among: the words that are allowed."""
-    return field(default=default, metadata={"text": text, "paper": paper, **extra})
+BARE = ("common", "given", "machine", "table")  # groups whose fields are named without them
+
+
+def arg(default, **limits):
+    """A hyper-parameter that is not just a number above 0: least=0 (0 is allowed), most: the largest, flag: its flag's
+    name."""
+    return field(default=default, metadata=limits)
+
+
+def name_of(group, f):
+    """The name, in files and messages, of a field of a group of hyper-parameters."""
+    return f.name if group in BARE else f"{group}.{f.name}"
 
 
 def flag_of(group, f):
-    """The flag of a field of a group of hyper-parameters."""
-    return "--" + f.metadata.get("flag", f"{group}-{f.name}".replace("_", "-"))
+    """Its flag."""
+    return "--" + f.metadata.get("flag", name_of(group, f)).replace(".", "-").replace("_", "-")
 
 
 def check_values(group, settings):
-    """InputError where a hyper-parameter is none. settings: an object whose fields are `arg`s."""
+    """InputError where a number is none that its field allows."""
     for f in fields(settings):
-        value, most, among = getattr(settings, f.name), f.metadata.get("most", math.inf), f.metadata.get("among")
-        if among and value not in among:
-            raise InputError(f"{flag_of(group, f)} {value}: expected {' or '.join(among)}")
+        value, most, least = getattr(settings, f.name), f.metadata.get("most", math.inf), f.metadata.get("least")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            least = f.metadata.get("least")
             if not (value > 0 or value == least) or not value <= most or value == math.inf:
                 above = "of at least 0" if least == 0 else "above 0"
                 raise InputError(f"{flag_of(group, f)} {value}: expected a number {above}"
@@ -55,34 +62,56 @@ def check_values(group, settings):
 @dataclass(frozen=True)
 class Given:
     """What you bring; the small world stands in for what is missing."""
-    model: str = arg("", "initial policy, and where the critic starts: a Hugging Face directory or name", flag="model")
-    tasks: str = arg("", "training tasks: a ColBench file", flag="tasks")
-    heldout: str = arg("", "held-out tasks: a ColBench file", flag="heldout")
-    trajectories: str = arg("", "offline dialogues, so that one can start at the critic: a ColBench file",
-                            flag="trajectories")
-    candidates: str = arg("", "states with candidate turns sampled elsewhere: a line {task, messages, candidates} each",
-                          flag="candidates")
-    clip: str = arg("", "frontend: grade by the cosine of this CLIP model ('': by matched boxes)", flag="clip")
-    human: str = arg("scripted", "scripted | me | URL | module:Class | a model's directory or name", flag="human")
+    model: str = ""
+    """Initial policy, and where the critic starts: a Hugging Face directory or name."""
+    tasks: str = ""
+    """Training tasks: a ColBench file."""
+    heldout: str = ""
+    """Held-out tasks: a ColBench file."""
+    trajectories: str = ""
+    """Offline dialogues, so that one can start at the critic: a ColBench file."""
+    candidates: str = ""
+    """States with candidate turns sampled elsewhere: a line {task, messages, candidates} each."""
+    clip: str = ""
+    """Frontend: grade by the cosine of this CLIP model ('': by matched boxes)."""
+    human: str = "scripted"
+    """scripted | me | URL | module:Class | a model's directory or name."""
 
 
 @dataclass(frozen=True)
 class Machine:
     """How models are held and run here."""
-    device: str = arg("cpu", "cpu, cuda or mps", flag="device")
-    dtype: str = arg("float32", "float32 or bfloat16; the optimizer keeps float32 weights either way", flag="dtype",
-                     among=("float32", "bfloat16"))
-    attention: str = arg("", "attention implementation: eager, sdpa, flash_attention_2... ('': the model's own choice)",
-                         flag="attention")
-    checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, a third more time",
-                              flag="checkpointing")
-    lora: int = arg(0, "learn adapters of this rank (needs peft) instead of all weights; 0: all. A --model that is "
-                    "adapters learns on in these, whatever the rank", flag="lora", least=0)
-    micro_batch: int = arg(0, "examples a backward pass (the step stays the same); 0: the whole batch",
-                           flag="micro-batch", least=0)
-    threads: int = arg(1, "threads of torch; another number rounds otherwise and gives other results", flag="threads")
-    rows: int = arg(512, "dialogues that are sampled side by side", flag="rows")
+    device: str = "cpu"
+    """cpu, cuda or mps."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """float32 or bfloat16; the optimizer keeps float32 weights either way."""
+    attention: str = ""
+    """Attention implementation: eager, sdpa, flash_attention_2... ('': the model's own choice)."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    lora: int = arg(0, least=0)
+    """Learn adapters of this rank (needs peft) instead of all weights; 0: all. A --model that is adapters learns on
+    in these, whatever the rank."""
+    micro_batch: int = arg(0, least=0)
+    """Examples a backward pass (the step stays the same); 0: the whole batch."""
+    threads: int = 1
+    """Threads of torch; another number rounds otherwise and gives other results."""
+    rows: int = 512
+    """Dialogues that are sampled side by side."""
 
+
+# --preset paper: what the paper says, or its official code where it does not. Everything else is the small world's.
+DPO = {"lr": 2e-7, "beta": 0.1, "nll": 0.01, "batch_size": 8}
+PAPER = {
+    "rollout": {"tasks": 10000, "max_turns": 10},
+    "pairs": {"margin": 0.0, "per_state": 4},
+    "critic": {**DPO, "epochs": 4, "normalize": "turn", "rank_against": "c", "reference": True},
+    "candidates": {"n": 16},
+    "actor": {**DPO, "epochs": 1},
+    "rft": {"lr": 2e-7, "batch_size": 32, "epochs": 4},
+    "multiturn": {**DPO, "epochs": 4},
+    "eval": {"tasks": 1000},
+}
 
 # --smoke: everything in miniature, to see that it runs.
 SMOKE = {"base": {"documents": 7000, "epochs": 1}, "rollout": {"tasks": 60}, "critic": {"epochs": 1},
@@ -142,7 +171,7 @@ def check_tokenizer(tokenizer, path):
         raise InputError(f"{path}: {error}") from None
     for name in ("eos_token", "pad_token"):
         if getattr(tokenizer, name) is None:
-            print(f"note: {path}: its tokenizer has no {name}: its end of turn, {end}, stands in")
+            note(f"note: {path}: its tokenizer has no {name}: its end of turn, {end}, stands in")
             setattr(tokenizer, name, end)
 
 
@@ -309,7 +338,8 @@ def take_step(model, batch, loss_fn, micro_batch):
     """Gradient of the mean loss over a batch, `micro_batch` examples at a time; returns the step's figures. A mean over
     tokens is one of the whole batch, which is why the loss sees the batch beside its part."""
     row, size = {}, micro_batch or len(batch)
-    for part in (batch[i:i + size] for i in range(0, len(batch), size)):
+    for i in progress(range(0, len(batch), size), "micro-batches"):
+        part = batch[i:i + size]
         loss, metrics = loss_fn(model, part, batch)
         share = len(part) / len(batch)
         (share * loss).backward()

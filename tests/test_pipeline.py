@@ -184,7 +184,7 @@ def test_nothing_to_learn_from(finished, tmp_path):
 def test_unknown_flags_and_abbreviations_are_refused():
     assert "--critic-lrr" in complaint(sweet("--critic-lrr=1", check=False))
     assert "--critic-l" in complaint(sweet("--critic-l=1", check=False))
-    help_text = sweet("--help").stdout
+    help_text = sweet("--help-all").stdout
     for word in ("--critic-lr", "--actor-beta", "--no-reference", "paper 2e-07", "(default"):
         assert word in help_text
 

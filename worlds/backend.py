@@ -27,7 +27,6 @@ from itertools import zip_longest
 
 from env import ANSWER_MARKER, INSTRUCTIONS, REFERENCE_PREFIX, Task, grade
 from machinery.files import InputError
-from machinery.train import arg
 from simulator import make_human
 
 MAX_TURNS = 4
@@ -250,12 +249,18 @@ def make_tokenizer(texts=None):
 @dataclass(frozen=True)
 class Base:
     """Hyper-parameters of the base policy."""
-    documents: int = arg(16000, "dialogues of the demonstrator to imitate")
-    epochs: int = arg(2, "passes over them")
-    batch_size: int = arg(24, "dialogues a step")
-    lr: float = arg(6e-3, "learning rate")
-    hidden: int = arg(64, "width of the model")
-    layers: int = arg(2, "layers of the model")
+    documents: int = 16000
+    """Dialogues of the demonstrator to imitate."""
+    epochs: int = 2
+    """Passes over them."""
+    batch_size: int = 24
+    """Dialogues a step."""
+    lr: float = 6e-3
+    """Learning rate."""
+    hidden: int = 64
+    """Width of the model."""
+    layers: int = 2
+    """Layers of the model."""
 
 
 def new_model(cfg, seed, tokenizer=None):

@@ -26,10 +26,9 @@ import base64
 import functools
 import random
 import re
-import sys
 
 from env import ANSWER_MARKER, REFERENCE_PREFIX, Task
-from machinery.files import InputError
+from machinery.files import InputError, note
 from machinery.optional import require
 from simulator import NO_PREFERENCE, EndpointHuman, Human, make_human
 from worlds import backend
@@ -72,7 +71,7 @@ def _check(where, reference):
     page, = render_pages([reference])
     if not page.boxes:
         why = page.failure or "there is nothing to see"
-        print(f"{where}: broken task: its reference cannot be drawn: {why}", file=sys.stderr)
+        note(f"{where}: broken task: its reference cannot be drawn: {why}")
 
 
 def grade(answers, tasks, clip=None):

@@ -1,0 +1,239 @@
+"""What a run folder knows of itself: the flags that it was made with, what is done, how long it took.
+
+settings.json (one for SWEET with c, one in no-reference/ for SWEET without) holds every flag that was given, so that no
+later command needs any. A flag that is given anew goes before; it is remembered, too, unless it contradicts what is
+there. A run older than this file remembers by what its stages wrote down (machinery/settings.py).
+
+Exercised by `python -m pytest tests/test_command.py`.
+"""
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+from machinery.bars import note
+from machinery.files import InputError, read_json, write_json
+from machinery.process import KEPT, LOCK, holder, one_line
+from machinery.settings import dependencies, leftovers
+from machinery.train import Given
+
+FILE = "settings.json"
+REDO = "redo.json"  # while what --redo removed is made again: the command that does
+# seconds of the stages on two cores, for their proportions
+DEFAULT_RUN = {"base": 73, "rollout": 6, "critic": 17, "samples": 35, "candidates": 9, "pairs": 1, "actor": 55,
+               "rft": 9, "multiturn": 17, "eval": 21, "credit": 65}
+SMOKE_RUN = {"base": 31, "rollout": 3, "critic": 2, "samples": 1, "candidates": 0.3, "pairs": 0.1, "actor": 0.4,
+             "rft": 0.3, "multiturn": 1, "eval": 4, "credit": 1.5}
+OWN = ("stage", "run", "redo", "given", "running")  # what a command does not leave to the next one
+
+
+# ------------------------------------------------------------------ what a run remembers
+
+def peek(path):
+    """The object in a JSON file, {} where there is none. Only reads."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        value = json.loads(Path(path).read_bytes())
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+def remembered(root, without_c, read):
+    """{flag's name: value} of a run, or of its half without c."""
+    halves = [root, root / "no-reference"]
+    if without_c:
+        halves.reverse()
+    for file in [half / FILE for half in halves if os.path.isfile(half / FILE)]:
+        if kept := read(file):
+            return kept
+    found = {}
+    for file in [file for half in reversed(halves) for file in sorted(half.glob("settings/*.json"))]:
+        found |= read(file)
+    # of files and servers, an older run knows the name alone
+    return {name: value for name, value in found.items()
+            if value is not None and "(sha256 " not in str(value) and not str(value).startswith("server: ")}
+
+
+def recall(flags, argv):
+    """A command line as `flags` reads it, completed by what its run remembers. One line on what is none."""
+    with one_line(SimpleNamespace(run="stdout", running="")):
+        options = flags.parse_args(argv)
+        run = "runs/smoke" if options.smoke and "run" not in options.given else options.run
+        read = peek if options.stage == "status" else lambda path: read_json(path, {})
+        kept = remembered(Path(run), getattr(options, "critic.reference") is False, read)
+        try:
+            options = flags.parse_args(argv, kept) if kept else options
+        except InputError as error:
+            raise InputError(f"{run}: what it remembers cannot be used: {error}") from None
+    options.run = run
+    for field in dataclasses.fields(Given):
+        value = getattr(options, field.name)
+        if value and value not in ("scripted", "me") and os.path.exists(value):
+            setattr(options, field.name, os.path.abspath(value))  # for a command from another folder
+    return options
+
+
+def flags_given(options):
+    """{flag's name: value} of what a run is to remember."""
+    return {name: value for name, value in vars(options).items() if value is not None and name not in OWN}
+
+
+def keep(run):
+    """Write down the flags, unless they contradict what is there (and hold for this command alone)."""
+    now = flags_given(run.options)
+    if now != peek(run.variant / FILE) and not any(map(run.record.changes, run.stages)):
+        write_json(run.variant / FILE, now)
+
+
+# ------------------------------------------------------------------ --redo
+
+def asked(options):
+    """What tells one --redo from another."""
+    return {"redo": options.redo, **flags_given(options)}
+
+
+def to_redo(run):
+    """The stages that --redo names; none where this very command was stopped after it had removed what they left."""
+    done = run.options.redo and peek(run.variant / REDO) == asked(run.options)
+    return [name for name in run.options.redo.split(",") if name and not done]
+
+
+def remove(path):
+    """A file, or a folder, which is there whole or not at all."""
+    if path.is_dir():
+        path = path.rename(f"{path}.gone")
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def remembering(run):
+    """While stages run: what --redo names has gone, and the flags are kept."""
+    if run.todo:
+        make_room(run)
+        keep(run)
+    yield
+    if (run.variant / REDO).exists():
+        (run.variant / REDO).unlink()
+
+
+def make_room(run):
+    """Remove what --redo names and all that was made from it, the last first: at a stop, what is left fits together."""
+    if run.redo:
+        gone = list(run.record.what_follows(run.redo))
+        for path in reversed(gone):
+            remove(Path(path))
+        note(f"sweet: removed: {shlex.join(gone)}" if gone else "sweet: note: --redo: nothing was there")
+        write_json(run.variant / REDO, asked(run.options))
+    run.record.redo = []
+
+
+# ------------------------------------------------------------------ what is done, and what is left
+
+def in_words(seconds):
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def measured(run, name):
+    """The seconds that a stage took where it was made with the same settings, but for the seed and c: with or without c
+    in this run, or in one beside it. None where that is not known."""
+    def size(values):
+        return {field: value for field, value in values.items() if field not in ("seed", "critic.reference")}
+    mine = size(dependencies(name, run.stages, run.record.values))
+    for folder in [run.root, *sorted(run.root.absolute().parent.glob("*/"))]:
+        for half in (folder, folder / "no-reference"):
+            seconds = peek(half / "seconds.json").get(name)
+            if seconds and size(peek(half / f"settings/{name}.json")) == mine:
+                return seconds
+    return None
+
+
+def place(run, name):
+    """Where a run is when a stage begins, and about how long the rest takes: as long as it did elsewhere, or, where
+    that is not known, in proportion to what this run took so far. run.todo: {stage: its seconds, or None} of what it
+    makes."""
+    shares = SMOKE_RUN if run.options.smoke else DEFAULT_RUN
+    took = {stage: value for stage, value in peek(run.root / "seconds.json").items() if stage in shares}
+    pace = sum(took.values()) / sum(shares[stage] for stage in took) if took else None
+    todo = list(run.todo)
+    done = todo.index(name)
+    left = [run.todo[stage] for stage in todo[done:]]
+    if pace:
+        left = [pace * shares[stage] if known is None else known for stage, known in zip(todo[done:], left)]
+    time = "" if None in left else f", about {in_words(sum(left))} left"
+    return f"sweet: {done + 1} of {len(todo)}, {name}{time}"
+
+
+def spent(root):
+    """Where the time went."""
+    halves = {"": root, " without c": root / "no-reference"}
+    seconds = {name + mark: value for mark, half in halves.items()
+               for name, value in peek(half / "seconds.json").items()}
+    rows = ", ".join(f"{name} {in_words(value)}" for name, value in seconds.items())
+    return f"time: {rows}; {in_words(sum(seconds.values()))} in all" if seconds else "time: nothing was made yet"
+
+
+def closing(run):
+    """What the end of a run says beside its table."""
+    lines = [spent(run.root)]
+    missing = [name for name in run.record.needs("report") if run.outputs(name) and not run.outputs(name)[0].exists()]
+    if missing := [name for name in missing if name != "report"]:
+        lines.append(f"not made yet: {', '.join(missing)} (python sweet.py --run {run.root} makes them)")
+    if run.options.smoke:
+        lines.append("--smoke: everything is in miniature, and these numbers mean nothing")
+    return "\n".join([*lines, f"report: {run.path('report.html')}"])
+
+
+# ------------------------------------------------------------------ status
+
+def size_of(path):
+    """Bytes of a file, or of all in a folder, in words."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
+
+
+def state(run, name):
+    """(state, time, size, file) of a stage, in words."""
+    if not run.outputs(name):
+        return "given", "", "", getattr(run.options, run.stages[name].given)
+    output = run.outputs(name)[0]
+    if output.exists():
+        seconds = peek(output.parent / "seconds.json").get(name)
+        return "done", "" if seconds is None else in_words(seconds), size_of(output), output
+    begun = leftovers(output)
+    return ("begun", "", "", ", ".join(map(str, begun))) if begun else ("to do", "", "", "")
+
+
+def show_status(root, open_run):
+    """What there is of a run, or of all the seeds of a table, and what comes next. Only reads."""
+    if not os.path.isdir(root):
+        raise InputError(f"--run {root}: there is no such run")
+    for folder in sorted(root.glob("seed*/")) or [root]:
+        halves = {"--no-reference": folder / "no-reference", "--reference": folder}
+        there = [flag for flag, half in halves.items() if (half / FILE).exists() or (half / "settings").exists()]
+        for flag in reversed(there or ["--reference"]):
+            run = open_run(["status", f"--run={folder}", flag])
+            status(run, run.variant)
+
+
+def status(run, title):
+    """The same of a run, or of its half without c."""
+    names = [name for name in run.record.needs("report") if name != "report"]
+    found = {name: state(run, name) for name in names}
+    flags = [f"{flag} {value}" for flag, value in flags_given(run.options).items() if value is not False]
+    print(f"{title}: {', '.join(flags)}")
+    for name, row in found.items():
+        print("  {:10}  {:5}  {:>6}  {:>9}  {}".format(name, *row))
+    left = [name for name in names if found[name][0] in ("begun", "to do")]
+    busy = holder(run.root)
+    if busy:
+        print(f"  lock: held by {busy}; it works here, others wait")
+    elif (run.root / LOCK).exists():
+        print(f"  lock: free; {LOCK} just stays there")
+    if any(row[0] == "begun" for row in found.values()):
+        print(f"  begun: {'being made now' if busy else f'stopped on the way; {KEPT}'}")
+    print(f"  next: {f'{left[0]} (python sweet.py --run {run.root})' if left else 'nothing, everything is done'}")
