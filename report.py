@@ -31,7 +31,8 @@ from machinery import charts
 from machinery.files import InputError, clean, note, put_text, read_json
 from machinery.schema import evaluation, read_records, trajectory
 from machinery.train import Machine, load_model
-from worlds import backend
+from worlds import World
+from worlds.backend import Backend
 
 METHODS = ("base", "RFT", "multi-turn DPO", "SWEET", "SWEET without c")
 SWEET = "rollout critic samples candidates pairs actor"  # the stages that a method needs after the base policy
@@ -240,7 +241,7 @@ def results_tables(runs, world, means, sizes):
     return tables
 
 
-def credit_tables(runs, world=backend):
+def credit_tables(runs, world):
     """[(caption, header, rows)] of how often each critic is right: mean over runs, range, number of states or pairs."""
     rows = []
     for label, folder in FOLDERS.items():
@@ -280,7 +281,7 @@ def words_of(world, kind):
     )
 
 
-def results_table(runs, world=backend):
+def results_table(runs, world):
     """The results of one run or of several seeds as Markdown, padded so that it reads well in a terminal too."""
     runs, text = [Path(root) for root in runs], []
     results = results_tables(runs, world, *summarise(map(evaluations, runs), world))
@@ -395,7 +396,7 @@ class RunFolder:
     c, those without c stand in where there are no others."""
 
     root: Path
-    world: object = backend
+    world: World = field(default_factory=Backend)
     machine: Machine = field(default_factory=Machine)
 
     @cached_property
@@ -974,14 +975,14 @@ def provenance_section(run, defaults):
 # ------------------------------------------------------------------ the page
 
 
-def write(root, out, dialogues=6, world=backend, machine=None, defaults=None):
+def write(root, out, dialogues=6, world=None, machine=None, defaults=None):
     """Write the page about the run in `root` (on tasks of `world`) to the file `out`, whole or not at all.
 
     machine: where the models run (a Machine); defaults: {name: value} of the settings without any flag.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    run = RunFolder(Path(root), world, machine or Machine())
+    run = RunFolder(Path(root), world or Backend(), machine or Machine())
     evaluated = evaluations(run.root)
     found = shown_dialogues(run, evaluated)
     environment = Environment(
@@ -993,7 +994,7 @@ def write(root, out, dialogues=6, world=backend, machine=None, defaults=None):
     )
     page = environment.get_template("page.html.j2").render(
         name=run.root.name,
-        world=world,
+        world=run.world,
         stylesheet=(PAGE / "style.css").read_text(encoding="utf-8"),
         number=number,
         light=charts.variables(1),
@@ -1020,12 +1021,12 @@ def draw_docs(folder):
     """docs/results.svg and docs/candidates.svg from the committed numbers."""
     table, state = (read_json(folder / f"{name}.json", {}) for name in ("table", "candidates"))
     rows = {
-        method: (found, paper_figures(backend)[method])
+        method: (found, paper_figures(Backend())[method])
         for method, found in table["methods"].items()
     }
     chart = charts.intervals(table["title"], rows, table["ways"], "success, %", "paper (8B)")
     (folder / "results.svg").write_text(charts.standalone(chart), encoding="utf-8")
-    rows, half = ranked(state, backend)
+    rows, half = ranked(state, Backend())
     names = [row["text"] + f"  ×{row['count']}" * (row["count"] > 1) for row in rows]
     chart = ranking_chart(state["title"], rows, half, names, width=8)
     (folder / "candidates.svg").write_text(charts.standalone(chart), encoding="utf-8")

@@ -15,7 +15,6 @@ then, and the same command completes the rest later (`machinery.files.write_grou
 
 The paper's simulator is Llama-3.1-70B-Instruct with a prompt of its own; the words below are ours.
 """
-import importlib
 import random
 import sys
 
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from env import end_of_turn, render
 from machinery.files import InputError, forgive, note
-from machinery.optional import first_line
+from machinery.optional import make
 from machinery.server import Endpoint, Server
 from machinery.thoughts import spoken
 
@@ -139,18 +138,5 @@ def make_human(spec, respond=None, seed=0, cfg=None, machine=None):
     if spec.startswith(("http://", "https://")):
         return EndpointHuman(spec, cfg or Server())
     if ":" in spec:
-        return own_human(spec)
+        return make(spec, "--human", "reply(tasks, dialogues)")
     return ModelHuman(spec, machine)
-
-
-def own_human(spec):
-    """An object of the class that is named so: module:Class."""
-    module, name = spec.split(":", 1)
-    try:
-        human = getattr(importlib.import_module(module), name)()
-    except (Exception, SystemExit) as error:  # the user's code, which fails in its own ways
-        raise InputError(f"--human {spec}: {type(error).__name__}: {first_line(error)}; expected module:Class, "
-                         "importable from here and made by Class()") from None
-    if not callable(getattr(human, "reply", None)):
-        raise InputError(f"--human {spec}: {name} has no method reply(tasks, dialogues)")
-    return human

@@ -58,7 +58,7 @@ from machinery.server import Server
 from machinery.settings import Record, check_tasks_given, flat, no_held_out
 from machinery.start import check_start, machine_here, stages_to_do
 from machinery.train import Given, Machine, arg, check_finite, check_states, check_views, load_model, save_to
-from worlds import backend, frontend
+from worlds import find_world, tiny
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,10 @@ class Table:
     """Seeds that run at the same time."""
 
 
-GROUPS = {"given": Given, "machine": Machine, "human": Server, "base": backend.Base, "rollout": actor.Rollout,
+GROUPS = {"given": Given, "machine": Machine, "human": Server, "base": tiny.Base, "rollout": actor.Rollout,
           "pairs": critic.Pairs, "critic": critic.Critic, "candidates": actor.Candidates, "actor": actor.Actor,
           "rft": actor.Rft, "multiturn": actor.Multiturn, "eval": Eval, "credit": Credit, "table": Table,
           "play": play.Play}
-WORLDS = {"backend": backend, "frontend": frontend}
 METHODS = {"base": "base", "rft": "RFT", "multiturn": "multi-turn DPO", "actor": "SWEET"}
 
 
@@ -108,7 +107,7 @@ class Run:
     def __init__(self, options, settings):
         self.options, self.settings, self.seed = options, settings, options.seed
         self.root, self.given, self.machine = Path(options.run), settings["given"], settings["machine"]
-        self.world = WORLDS[options.task]
+        self.world = find_world(options.task)
         self.grade = self.world.grader(self.given.clip, settings["rollout"].call_seconds)
         self.rules = {"grade": self.grade, "instructions": self.world.INSTRUCTIONS}
         self.variant = self.root if settings["critic"].reference else self.root / "no-reference"
@@ -444,12 +443,12 @@ def table(run, cfg):
 
 @functools.cache
 def parser():
-    return Flags(__doc__, GROUPS, stage=["all", *STAGES, "play", "table", "status"], task=list(WORLDS))
+    return Flags(__doc__, GROUPS, stage=["all", *STAGES, "play", "table", "status"])
 
 
 def settings_of(options, flags=True):
     """The hyper-parameters, with what the command line says or without."""
-    return read_settings(options, GROUPS, WORLDS[options.task].DEFAULTS, flags)
+    return read_settings(options, GROUPS, find_world(options.task).DEFAULTS, flags)
 
 
 def work(run, stage):

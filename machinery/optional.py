@@ -45,6 +45,21 @@ def require(package, flag, use=None):
     return module
 
 
+def make(spec, flag, *methods):
+    """An object of the class that is named so, module:Class, made by `Class()`. methods: what it must have, as
+    "name(arguments)". InputError, naming the flag, on anything else."""
+    module, _, name = spec.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), name)()
+    except (Exception, SystemExit) as error:  # the user's code, which fails in its own ways
+        raise InputError(f"{flag} {spec}: {type(error).__name__}: {first_line(error)}; expected module:Class, "
+                         "importable from here and made by Class()") from None
+    for method in methods:
+        if not callable(getattr(made, method.partition("(")[0], None)):
+            raise InputError(f"{flag} {spec}: {name} has no method {method}")
+    return made
+
+
 def first_line(error):
     """What an exception says, on one line and not too long."""
     return " ".join(str(error).split())[:200] or type(error).__name__

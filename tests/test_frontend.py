@@ -20,6 +20,7 @@ from machinery.files import InputError
 from machinery.server import Server
 from worlds import browser, pages
 from worlds import frontend as world
+from worlds.tiny import make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
@@ -141,7 +142,8 @@ def test_what_rft_imitates_and_what_the_table_counts():
     task, other = ({"problem_description": "p", "ground_truth": g} for g in "ab")
     rows = [{"task": t, "reward": r} for t, r in ((task, .5), (task, .9), (other, 0.0), (task, .9), (other, 0.0))]
     assert world.successes(iter(rows)) == [rows[1], rows[3]]
-    assert [world.figures({"reward": r}, {"reward": 0.5}) for r in (0.6, 0.5, 0.4)] == [(60, 100), (50, 50), (40, 0)]
+    figures = [pages.figures({"reward": r}, {"reward": 0.5}) for r in (0.6, 0.5, 0.4)]
+    assert figures == [(60, 100), (50, 50), (40, 0)]
 
 
 # ------------------------------------------------------------------ the human
@@ -290,7 +292,7 @@ def test_labels():
 def test_documents_of_the_demonstrator():
     """Short in tokens, blind without the reference, leaning towards it with, and obedient most of the time."""
     documents = world.documents(300, 1)
-    _, tokenizer = world.new_model(world.backend.Base(), 0)
+    tokenizer = make_tokenizer(world.phrases())
     lengths = [len(render(tokenizer, messages, reference)[0]) for messages, reference in documents]
     assert max(lengths) < 140 and sum(lengths) / len(lengths) < 90
     right = {True: [], False: []}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import sweet as program
+from worlds import World
 from machinery.files import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -283,7 +284,7 @@ def test_a_human_who_leaves_in_an_evaluation_can_come_back(finished, tmp_path, m
     shutil.copytree(finished, run)
     whole = [json.loads(line) for line in (run / left).read_text().splitlines()] if stage == "eval" else None
     (run / left).unlink()
-    there = program.backend.human
+    there = World.human
 
     class Leaving:
         """Answers the first call, and then nobody."""
@@ -294,7 +295,7 @@ def test_a_human_who_leaves_in_an_evaluation_can_come_back(finished, tmp_path, m
             self.calls += 1
             replies = self.human.reply(tasks, dialogues)
             return replies if self.calls == 1 else [None] * len(replies)
-    monkeypatch.setattr(program.backend, "human", Leaving)
+    monkeypatch.setattr(World, "human", Leaving)
     with pytest.raises(SystemExit) as end:
         program.main([stage, "--run", str(run), *TINY])
     line = str(end.value)

@@ -22,7 +22,8 @@ import play
 import sweet as program
 from env import Task, grade, read_trajectories
 from machinery.files import InputError
-from worlds import backend, browser
+from worlds import backend, beside, browser
+from worlds.frontend import Frontend
 
 pytestmark = pytest.mark.slow  # most need a run
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,12 +150,12 @@ def test_every_test_is_passed_or_failed(small, talk):
 
 def test_answer_beside_reference():
     ours, theirs = "def f(x):\n    a = 1\n    b = 2\n    return a", "def f(x):\n    a = 2\n    return a\n    c"
-    assert backend.beside(ours, theirs) == ["def f(x):      def f(x):", "    a = 1    |     a = 2", "    b = 2    <",
+    assert beside(ours, theirs) == ["def f(x):      def f(x):", "    a = 1    |     a = 2", "    b = 2    <",
                                             "    return a       return a", "             >     c"]
     record = {"task": {"problem_description": "p", "ground_truth": "def f(x):\n    return x",
                        "test_cases": {"a": "f(1)", "b": "f(0)"}}, "answer": "def f(x):\n    return 0"}
-    assert backend.summary(record)[:2] == ["failed  f(1)", "passed  f(0)"]
-    page = backend.evidence(record, unfolded=True)
+    assert backend.Backend().summary(record)[:2] == ["failed  f(1)", "passed  f(0)"]
+    page = backend.Backend().evidence(record, unfolded=True)
     assert "<mark>    return x</mark>" in page and "<mark>    return 0</mark>" in page and "<details open>" in page
     assert "✗ f(1)" in page and "✓ f(0)" in page and "passes 1 of\n        2 tests" in page
 
@@ -289,7 +290,7 @@ def test_pictures_of_pages_for_a_terminal(pages, talk):
     record, = plays(pages)
     drawn = (pages / "play.html").read_text(encoding="utf-8")
     assert drawn.count("<img") == len(record["dialogue_history"])  # two pictures for each turn of the agent's
-    assert all(offers[-2:] == list(program.frontend.OFFERS) for offers in choices(shown))
+    assert all(offers[-2:] == list(Frontend.OFFERS) for offers in choices(shown))
 
 
 # ------------------------------------------------------------------ in the browser

@@ -18,6 +18,7 @@ from machinery.provenance import commit, provenance
 from worlds import backend, frontend
 from worlds.backend import make_tasks, make_tokenizer
 
+BACKEND = backend.Backend()
 HOSTILE = "</script></pre><img src=x onerror=alert(1)>'\"&<svg onload=alert(2)>"
 
 
@@ -201,7 +202,7 @@ def cells(text, label):
 
 
 def test_numbers_of_the_table(whole_run):
-    text = report.results_table([whole_run])
+    text = report.results_table([whole_run], BACKEND)
     base, sweet, other = (cells(text, name) for name in ("base", "SWEET", "SWEET without c"))
     assert base[1].startswith("16.7 [") and base[3:] == ["25.0", "2.00", "0", "22.4"]
     assert sweet[2].startswith("66.7 [") and sweet[3:] == ["70.0", "2.00", "45", "40.4"]
@@ -222,7 +223,7 @@ def test_several_seeds(tmp_path):
         outcome = (rng.random(20) < 0.5).astype(float).tolist()
         write_eval(tmp_path / str(seed), {"base": outcome, "RFT": outcome, "SWEET": outcome}, top_ps=(1.0,))
         write_json(tmp_path / str(seed) / "credit.json", {"question": {"auc": auc, "states": 5}})
-    text = report.results_table([tmp_path / "0", tmp_path / "1", tmp_path / "not evaluated"])
+    text = report.results_table([tmp_path / "0", tmp_path / "1", tmp_path / "not evaluated"], BACKEND)
     assert cells(text, "SWEET - RFT")[1] == "+0.0 [+0.0, +0.0]"  # paired: equal outcomes have no difference at all
     assert "n = 20 + 20" in text and "seeds: 2" in text and "seeds and their tasks" in text
     assert cells(text, "critic with c")[1] == "0.85 (0.80 to 0.90, 10 states)"
@@ -232,7 +233,7 @@ def test_different_tasks_are_refused(tmp_path):
     write_eval(tmp_path, {"base": [1.0, 0.0]})
     write_eval(tmp_path / "no-reference", {"SWEET without c": [1.0, 0.0, 1.0]})
     with pytest.raises(InputError, match="different tasks"):
-        report.results_table([tmp_path])
+        report.results_table([tmp_path], BACKEND)
 
 
 # ------------------------------------------------------------------ the page
@@ -444,7 +445,8 @@ def test_nothing_misleads_on_odd_runs(tmp_path):
     text = text_of(tmp_path / "report.html")
     assert not re.search(r"\bnan\b|-0\.0+\b|(?<!\w)\?|\binf\b", text)
     assert "critic: 1 step, loss 0.700" in text and "rft: 3 of 3 steps had a loss that is not finite" in text
-    assert "| nan" not in report.results_table([tmp_path]) and "-0.0" not in report.results_table([tmp_path])
+    table = report.results_table([tmp_path], BACKEND)
+    assert "| nan" not in table and "-0.0" not in table
 
 
 def test_no_advice_to_make_what_was_given(tmp_path):
@@ -474,9 +476,9 @@ def test_the_words_are_the_worlds(tmp_path):
     write_json(tmp_path / "credit.json", {"question": {"auc": 0.5, "states": 2}})
     write_eval(tmp_path / "eval", {"base": [0.2], "SWEET": [0.4]})
     write_json(tmp_path / "eval" / "settings" / "eval.json", {"clip": "some/clip"})
-    assert "AUC, drafts" in report.results_table([tmp_path], frontend)
-    assert "AUC, questions" in report.results_table([tmp_path])
-    assert "similarity (CLIP) %, T=1" in report.results_table([tmp_path / "eval"], frontend)
+    assert "AUC, drafts" in report.results_table([tmp_path], frontend.Frontend())
+    assert "AUC, questions" in report.results_table([tmp_path], BACKEND)
+    assert "similarity (CLIP) %, T=1" in report.results_table([tmp_path / "eval"], frontend.Frontend())
 
 
 def test_provenance(whole_run, tmp_path):
@@ -556,12 +558,12 @@ def test_a_run_without_c_alone(whole_run, tmp_path):
 def test_all_tasks_alike_is_not_certainty(tmp_path):
     for rewards, said in (([0.0, 0.0, 0.0], True), ([0.0, 1.0, 0.0], False)):
         write_eval(tmp_path / str(said), {"base": rewards})
-        assert ("A bracket of no width" in report.results_table([tmp_path / str(said)])) is said
+        assert ("A bracket of no width" in report.results_table([tmp_path / str(said)], BACKEND)) is said
 
 
 def test_missing_files_name_their_stage(tmp_path):
     (tmp_path / "run").mkdir()
-    assert "python sweet.py eval" in report.results_table([tmp_path / "run"])
+    assert "python sweet.py eval" in report.results_table([tmp_path / "run"], BACKEND)
     report.write(tmp_path / "run", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     for stage in ("eval", "candidates", "credit"):

@@ -18,25 +18,15 @@ sees the reference.
 
 Exercised by `python -m pytest tests/test_world.py`; `python sweet.py base` trains the base policy (about a minute).
 """
-import functools
 import random
 from dataclasses import dataclass
-from difflib import SequenceMatcher
-from html import escape
-from itertools import zip_longest
 
-from env import ANSWER_MARKER, INSTRUCTIONS, REFERENCE_PREFIX, Task, grade
+from env import ANSWER_MARKER, INSTRUCTIONS, REFERENCE_PREFIX, Task
 from machinery.files import InputError
-from simulator import make_human
+from worlds import METHODS, World, tiny
+from worlds.tiny import Base as Base
 
 MAX_TURNS = 4
-DEFAULTS = {}           # this world's settings are the defaults everywhere
-REWARD = "Tests passed"
-OPTIONAL = ()           # fields that a task file may lack
-PAIRED = False          # the second figure of the results is not against the base policy
-LEGEND = "Underlined: a line that reference or answer lacks."
-PAPER = dict(zip(("base", "RFT", "multi-turn DPO", "SWEET", "SWEET without c"),
-                 ("22.4", "28.2", "34.4", "40.4", "31.2")))  # Tables 2 and 3
 RELEVANT = 3            # steps that matter to a topic
 P_REVEALED = 0.35      # a step that matters is named in the request with this probability
 VALUE_WEIGHTS = (0.55, 0.15, 0.15, 0.15)
@@ -91,7 +81,6 @@ CONSENT = ("Please ", "I would like you to ", "Yes, ", "It should ")
 NO_PREFERENCE = ("I have no preference there.", "That does not matter to me.", "I don't know, whatever you think.",
                  "No wishes about that.", "Nothing special is needed there.", "I never thought about that.")
 LAST_WORDS = " Now I have to go, please send me the result."
-OFFERS = NO_PREFERENCE[:1]  # replies that anybody can give, in `play`
 CONFUSED = ("Sorry, I did not understand the question.", "I am not sure what you are asking.",
             "Could you put that differently?")
 
@@ -154,26 +143,7 @@ def _test_cases(rng, topic):
     return {f"test{k}": f"tidy_{topic}({row + rng.choices(row, k=3)})" for k, row in enumerate(inputs, 1)}
 
 
-def check_installed(clip):
-    """Nothing but the core is needed."""
-
-
-def grader(clip, call_seconds):
-    """grade(answers, tasks) -> rewards."""
-    return functools.partial(grade, call_seconds=call_seconds)
-
-
-def successes(trajectories):
-    """What RFT imitates."""
-    return [t for t in trajectories if t["reward"] == 1.0]
-
-
 # ------------------------------------------------------------------ the human
-
-def human(spec, server, machine, seed):
-    """The human that `--human` names."""
-    return make_human(spec, respond, seed, server, machine)
-
 
 def asked_step(question):
     """The step that a question asks about, or None."""
@@ -227,55 +197,6 @@ def phrases():
     return list(dict.fromkeys(text for text in texts if text))
 
 
-def make_tokenizer(texts=None):
-    """Unigram over a world's phrases (this one's; fewest tokens win), with letters and bytes below them so that any
-    text can be encoded."""
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
-    texts = texts or phrases()
-    vocab = [("<unk>", -1000.0)] + [(f"<0x{byte:02X}>", -1000.0) for byte in range(256)]
-    vocab += [(chr(code), -20.0) for code in range(32, 127) if chr(code) not in texts]
-    core = Tokenizer(models.Unigram(vocab + [(text, -1.0) for text in texts], unk_id=0, byte_fallback=True))
-    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>", unk_token="<unk>",
-        additional_special_tokens=["<|user|>", "<|agent|>"], model_max_length=4096)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}<|agent|>{{ m.content }}<|end|>"
-        "{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|agent|>{% endif %}")
-    return tokenizer
-
-
-@dataclass(frozen=True)
-class Base:
-    """Hyper-parameters of the base policy."""
-    documents: int = 16000
-    """Dialogues of the demonstrator to imitate."""
-    epochs: int = 2
-    """Passes over them."""
-    batch_size: int = 24
-    """Dialogues a step."""
-    lr: float = 6e-3
-    """Learning rate."""
-    hidden: int = 64
-    """Width of the model."""
-    layers: int = 2
-    """Layers of the model."""
-
-
-def new_model(cfg, seed, tokenizer=None):
-    """A tiny untrained Llama and its tokenizer (this world's, or another's)."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    tokenizer = tokenizer or make_tokenizer()
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=cfg.hidden, intermediate_size=2 * cfg.hidden,
-        num_hidden_layers=cfg.layers, num_attention_heads=4, max_position_embeddings=4096, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.08)), tokenizer  # the usual 0.02 learns nothing at this width
-
-
 def documents(n, seed):
     """Dialogues of the demonstrator: a list of (messages, reference or None), a reference in half of them."""
     rng, out = random.Random(f"documents {seed}"), []
@@ -321,86 +242,36 @@ def _demonstrate(rng, topic, values, dialogue, turn, reads):
     return f"{ANSWER_MARKER}\n{write_function(topic, chosen)}"
 
 
-# ------------------------------------------------------------------ in the report
+def make_tokenizer():
+    return tiny.make_tokenizer(phrases())
 
-TURN = ("question", "useful", "useless")  # what a turn before the answer is called, a good one, a bad one
-KNOWN = "Steps that matter and are known"
 
+def new_model(cfg, seed):
+    """A tiny untrained Llama and its tokenizer. cfg: a Base."""
+    return Backend().new_model(cfg, seed)
+
+
+# ------------------------------------------------------------------ the world
 
 def known_share(task, messages):
     """The share of what matters that the human has said so far; None for a task that is not of this world."""
     steps = read_function(task.ground_truth)
-    return len(steps.keys() & known_steps(messages).keys()) / len(steps) if steps else None
+    if not steps:
+        return None
+    known = steps.keys() & known_steps(messages).keys()
+    return len(known) / len(steps)
 
 
-def headers(settings):
-    """What the two figures of `figures` are called."""
-    return "success", "tests passed"
-
-
-def figures(record, base):
-    """Two figures of an evaluated dialogue, in %: success, and the share of tests passed. base: the base policy's on
-    the same task."""
-    return 100 * (record["reward"] == 1), 100 * record["reward"]
-
-
-def verdict(record):
-    return "success" if record["reward"] == 1 else "failure"
-
-
-def brief(text):
-    """A message as the dialogue shows it."""
-    return text
-
-
-def _program(title, text, other):
-    """A program under a title, the lines that the other one lacks marked."""
-    theirs = {line.strip() for line in other.splitlines()}
-    rows = [escape(row) if row.strip() in theirs else f"<mark>{escape(row)}</mark>" for row in text.splitlines()]
-    return f"<h4>{title}</h4><pre>{'<br>'.join(rows)}</pre>"
-
-
-def tests(record):
-    """[(call, whether the answer passes it)], each test graded as a task of its own."""
-    task = Task.from_record(record["task"])
-    calls = task.test_cases.values()
-    single = [Task(task.problem_description, task.ground_truth, {"test": call}) for call in calls]
-    passed = grade([record["answer"]] * len(single), single)
-    return [(call, ok == 1) for call, ok in zip(calls, passed)]
-
-
-def evidence(record, unfolded=False):
-    """Reference, answer, and which tests the answer passes. unfolded: the tests are in sight at once."""
-    reference, answer, found = record["task"]["ground_truth"], record["answer"], tests(record)
-    passed = sum(ok for _, ok in found)
-    calls = "".join(f"<li>{'✓' if ok else '✗'} {escape(call)}" for call, ok in found)
-    return f"""{_program("reference", reference, answer)}
-        {_program("answer", answer, reference)}<details{" open" if unfolded else ""}><summary>passes {passed} of
-        {len(found)} tests</summary><ul>{calls}</ul></details>"""
-
-
-# ------------------------------------------------------------------ in play
-
-def drawn(text):
-    """A message as a picture: there is none here."""
-    return ""
-
-
-def beside(reference, answer):
-    """Lines of two programs side by side, as sdiff shows them: "|" between different ones, "<" where the answer lacks
-    a line, ">" where it has one more."""
-    left, right = reference.splitlines(), answer.splitlines()
-    width, rows = max(map(len, left), default=0), []
-    for kind, *ends in SequenceMatcher(None, left, right, autojunk=False).get_opcodes():
-        a, b, c, d = ends
-        for ours, theirs in zip_longest(left[a:b], right[c:d]):
-            mark = " " if kind == "equal" else "<" if theirs is None else ">" if ours is None else "|"
-            rows.append(f"{ours or '':{width}} {mark} {theirs or ''}".rstrip())
-    return rows
-
-
-def summary(record):
-    """The same as `evidence` for a terminal, as lines."""
-    calls = [f"{'passed' if ok else 'failed'}  {call}" for call, ok in tests(record)]
-    rows = beside(record["task"]["ground_truth"], record["answer"])
-    return [*calls, "", "The reference, and the answer beside it:", *rows]
+class Backend(World):
+    """All of the above, as everything else asks for it."""
+    PAPER = dict(zip(METHODS, ("22.4", "28.2", "34.4", "40.4", "31.2")))  # Tables 2 and 3
+    TURN = ("question", "useful", "useless")
+    KNOWN = "Steps that matter and are known"
+    OFFERS = NO_PREFERENCE[:1]
+    LAST_WORDS = LAST_WORDS
+    make_tasks = staticmethod(make_tasks)
+    respond = staticmethod(respond)
+    phrases = staticmethod(phrases)
+    documents = staticmethod(documents)
+    judge = staticmethod(judge)
+    known_share = staticmethod(known_share)

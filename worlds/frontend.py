@@ -31,10 +31,9 @@ from env import ANSWER_MARKER, REFERENCE_PREFIX, Task
 from machinery.files import InputError, note
 from machinery.optional import require
 from simulator import NO_PREFERENCE, EndpointHuman, Human, make_human
-from worlds import backend
+from worlds import World, pages
 from worlds.browser import find_browser, fonts, render_pages
-from worlds.pages import COLOUR_WORDS, PAPER, brief, clip_similarity, differences, drawn, evidence, figures, headers
-from worlds.pages import load_clip, similarity, summary, verdict
+from worlds.pages import COLOUR_WORDS, clip_similarity, differences, load_clip, similarity
 from worlds.source import page_source
 
 INSTRUCTIONS = (
@@ -43,16 +42,7 @@ INSTRUCTIONS = (
     + ANSWER_MARKER + "\" followed by the final page. You have {max_turns} turns at most, and the answer takes one of "
     "them.\n\n")
 MAX_TURNS = 3
-REWARD, PAIRED, OPTIONAL = "Similarity", True, ("test_cases",)
-LEGEND = "Pictures: the draft of each round on the left, the reference on the right."
-REPORT = (PAPER, headers, figures, verdict, brief, evidence)  # what report.py asks of a world
-PLAY = (drawn, summary)                                       # and play.py
 NAMED = 1               # differences that the scripted human names in one reply
-DEFAULTS = {"base": {"documents": 9000}, "rollout": {"max_turns": MAX_TURNS, "max_tokens": 24},
-            "pairs": {"margin": 0.1, "per_state": 4}, "critic": {"rank_against": "own"}, "candidates": {"states": 2400},
-            "actor": {"lr": 3e-3, "beta": 0.3, "nll": 0.5, "epochs": 2}, "rft": {"lr": 3e-3, "epochs": 20},
-            "multiturn": {"lr": 3e-3, "nll": 1.0, "epochs": 8}, "eval": {"tasks": 150},
-            "credit": {"states": 100, "monte_carlo_states": 6, "monte_carlo_rollouts": 16}}
 
 
 # ------------------------------------------------------------------ the reward
@@ -118,8 +108,6 @@ LOOK = ("A designer is making a web page for you. This is how the designer's pag
         "Tell the designer, in one or two plain sentences, the one or two most outstanding differences: what should be "
         "changed, and how. Write no HTML. If both look the same, say so.")
 NO_PAGE = "I cannot see a page yet, please show me one."
-OFFERS = (RIGHT, NO_PREFERENCE)  # replies that anybody can give, in `play`
-LAST_WORDS = ""  # the human here says nothing of the kind
 
 
 @functools.lru_cache(maxsize=100_000)
@@ -274,10 +262,6 @@ def judge(task, dialogue, action):
     return ("question" if page_source(action) else "other"), wrong <= 2
 
 
-TURN = ("draft", "close", "distant")  # what a turn before the answer is called, a good one, a bad one
-KNOWN = "Parts of the last draft that are as wished"
-
-
 def known_share(task, messages):
     """The share of slots that the last draft has right; None before the first, and for a task that is not of this
     world."""
@@ -302,11 +286,6 @@ def phrases():
     for before, options in SLOTS:
         texts += [before, *(written for written, *_ in options)]
     return list(dict.fromkeys(texts))
-
-
-def new_model(cfg, seed):
-    """A tiny untrained Llama, as in worlds/backend.py, with a tokenizer of this world's phrases."""
-    return backend.new_model(cfg, seed, backend.make_tokenizer(phrases()))
 
 
 def documents(n, seed):
@@ -343,3 +322,46 @@ def _demonstrate(rng, dialogue, turn, reads):
         elif last and rng.random() < 0.85:
             values[slot] = last[slot]
     return f"{ANSWER_MARKER}\n" * answers + write_page(values)
+
+
+# ------------------------------------------------------------------ the world
+
+class Frontend(World):
+    """All of the above, as everything else asks for it."""
+    INSTRUCTIONS = INSTRUCTIONS
+    OPTIONAL = ("test_cases",)
+    REWARD = "Similarity"
+    PAIRED = True
+    PAPER = pages.PAPER
+    LEGEND = "Pictures: the draft of each round on the left, the reference on the right."
+    TURN = ("draft", "close", "distant")
+    KNOWN = "Parts of the last draft that are as wished"
+    OFFERS = (RIGHT, NO_PREFERENCE)
+    DEFAULTS = {
+        "base": {"documents": 9000},
+        "rollout": {"max_turns": MAX_TURNS, "max_tokens": 24},
+        "pairs": {"margin": 0.1, "per_state": 4},
+        "critic": {"rank_against": "own"},
+        "candidates": {"states": 2400},
+        "actor": {"lr": 3e-3, "beta": 0.3, "nll": 0.5, "epochs": 2},
+        "rft": {"lr": 3e-3, "epochs": 20},
+        "multiturn": {"lr": 3e-3, "nll": 1.0, "epochs": 8},
+        "eval": {"tasks": 150},
+        "credit": {"states": 100, "monte_carlo_states": 6, "monte_carlo_rollouts": 16},
+    }
+    make_tasks = staticmethod(make_tasks)
+    human = staticmethod(human)
+    grader = staticmethod(grader)
+    check_installed = staticmethod(check_installed)
+    successes = staticmethod(successes)
+    phrases = staticmethod(phrases)
+    documents = staticmethod(documents)
+    judge = staticmethod(judge)
+    known_share = staticmethod(known_share)
+    headers = staticmethod(pages.headers)
+    figures = staticmethod(pages.figures)
+    verdict = staticmethod(pages.verdict)
+    brief = staticmethod(pages.brief)
+    evidence = staticmethod(pages.evidence)
+    drawn = staticmethod(pages.drawn)
+    summary = staticmethod(pages.summary)
