@@ -321,6 +321,7 @@ def test_status_of_what_is_done_and_of_what_is_not_there(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "next: nothing, everything is done" in out and re.search(r"^  base +given .*m$", out, re.M)
     assert main("status", "--run", tmp_path / "none") == f"sweet: --run {tmp_path / 'none'}: there is no such run"
+    assert main("report", "--run", tmp_path / "none") == f"sweet: --run {tmp_path / 'none'}: there is no such run"
     assert not (tmp_path / "none").exists()
 
 
