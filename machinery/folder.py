@@ -62,8 +62,11 @@ def recall(flags, argv):
     with one_line(SimpleNamespace(run="stdout", running="")):
         options = flags.parse_args(argv)
         run = "runs/smoke" if options.smoke and "run" not in options.given else options.run
+        if options.stage in ("report", "status") and not os.path.isdir(run):
+            raise InputError(f"--run {run}: there is no such run")
         read = peek if options.stage == "status" else lambda path: read_json(path, {})
-        kept = remembered(Path(run), getattr(options, "critic.reference") is False, read)
+        without_c = getattr(options, "critic.reference") is False
+        kept = remembered(Path(run), without_c, read) if os.path.isdir(run) else {}
         try:
             options = flags.parse_args(argv, kept) if kept else options
         except InputError as error:
@@ -210,8 +213,6 @@ def state(run, name):
 
 def show_status(root, open_run):
     """What there is of a run, or of all the seeds of a table, and what comes next. Only reads."""
-    if not os.path.isdir(root):
-        raise InputError(f"--run {root}: there is no such run")
     for folder in sorted(root.glob("seed*/")) or [root]:
         halves = {"--no-reference": folder / "no-reference", "--reference": folder}
         there = [flag for flag, half in halves.items() if (half / FILE).exists() or (half / "settings").exists()]

@@ -6,6 +6,7 @@ has become of its server or its GPU.
 Exercised by `python -m pytest tests/test_install.py`.
 """
 import dataclasses
+import os
 import tempfile
 
 import torch
@@ -23,13 +24,13 @@ def stages_to_do(run, stages, stage):
         return {"play"}
     if stage == "report":  # of what is there
         return set()
-    if stage == "table" and (run.root / "table.md").exists():
+    if stage == "table" and os.path.exists(run.root / "table.md"):
         return set()
     names, found = ["report" if stage in ("all", "table") else stage], set()
     while names:
         name = names.pop()
         given = {"base": run.given.model, "rollout": run.given.trajectories}.get(name)
-        if not given and (name in run.record.redo or not run.path(stages[name].output).exists()):
+        if not given and (name in run.record.redo or not os.path.exists(run.path(stages[name].output))):
             found.add(name)
         names += stages[name].after
     return found - {"report"}  # it only reads

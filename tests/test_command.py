@@ -161,6 +161,8 @@ def test_no_flag_is_needed_again(flags, files, monkeypatch):
     assert later.settings == first.settings and later.variant.resolve() == first.variant.resolve()
     for name in program.STAGES:
         later.claim(name)  # no contradiction
+    for path in filter(None, (later.given.model, later.given.tasks, later.given.heldout)):
+        assert os.path.exists(path)  # from another folder, too
     without = {"settings.json", "no-reference/settings.json"}
     for name in without:  # a run that is older than this file: what its stages wrote down
         (files / "r" / name).unlink(missing_ok=True)
@@ -181,8 +183,18 @@ def test_flags_given_anew_hold_for_what_is_still_to_be_made(tmp_path):
     assert run_of(tmp_path, "--actor-lr=2").settings["actor"].lr == 2
 
 
+def test_each_half_of_a_run_remembers_its_own(tmp_path):
+    made(tmp_path, "--rollout-tasks=7")
+    made(tmp_path, "--no-reference", "--rollout-tasks=7", "--actor-lr=0.5")
+    assert run_of(tmp_path).settings["actor"].lr == 1e-3
+    assert run_of(tmp_path, "--no-reference").settings["actor"].lr == 0.5
+
+
 def test_what_a_run_remembers_may_be_spoilt(tmp_path):
     made(tmp_path)
+    (tmp_path / "settings.json").write_text('{"seed": "ma')
+    before = snapshot(tmp_path)
+    assert main("status", "--run", tmp_path) is None and snapshot(tmp_path) == before
     (tmp_path / "settings.json").write_text(json.dumps({"seed": "many"}))
     line = main("report", "--run", tmp_path)
     assert line.startswith(f"sweet: {tmp_path}: what it remembers cannot be used: --seed 'many'")
@@ -309,6 +321,7 @@ def test_status_of_what_is_done_and_of_what_is_not_there(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "next: nothing, everything is done" in out and re.search(r"^  base +given .*m$", out, re.M)
     assert main("status", "--run", tmp_path / "none") == f"sweet: --run {tmp_path / 'none'}: there is no such run"
+    assert main("report", "--run", tmp_path / "none") == f"sweet: --run {tmp_path / 'none'}: there is no such run"
     assert not (tmp_path / "none").exists()
 
 
