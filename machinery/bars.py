@@ -32,6 +32,8 @@ def whole_bars():
     def show(message, category, filename, line, file=None, text=None):
         tqdm.write(warnings.formatwarning(message, category, filename, line, text), file=file or sys.stderr, end="")
     libraries = [logging.getLogger(name) for name in (None, "transformers", "huggingface_hub")]
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()  # a bar for each of the small files of the small world says nothing
     with warnings.catch_warnings(), logging_redirect_tqdm(libraries):
         warnings.showwarning = show
         yield

@@ -134,8 +134,6 @@ def load_model(path, cfg=None, train=False, seed=0):
     adapters and activation checkpointing, if cfg says so. InputError, in one line, on what cannot work."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar()  # a bar for each of the small files of the small world says nothing
     cfg = cfg or Machine()
     if cfg.dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype {cfg.dtype}: expected float32 or bfloat16")

@@ -15,7 +15,13 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import coverage
 import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COVERAGE = coverage.Coverage(source=[str(ROOT)], omit=["tests/*", "bench/*", "docs/*"], data_file=None)
+COVERAGE.start()  # before anything of ours is imported; stopped where not all fast tests, and only they, run
+
 import torch
 
 if not torch.cuda.is_available():
@@ -27,6 +33,39 @@ from machinery.train import check_adapters
 from worlds import backend as world
 
 torch.set_num_threads(1)
+
+
+# ------------------------------------------------------------------ the fast tests, and all of them
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="the slow tests, too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs with --all, or if its file is named")
+    if config.getoption("--all") or config.option.file_or_dir:
+        COVERAGE.stop()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is slow, unless everything is asked for, or its file."""
+    if config.getoption("--all"):
+        return
+    named = {Path(name.partition("::")[0]).resolve() for name in config.option.file_or_dir}
+    slow, fast = [], []
+    for item in items:
+        left_out = item.get_closest_marker("slow") and item.path not in named
+        (slow if left_out else fast).append(item)
+    config.hook.pytest_deselected(items=slow)
+    items[:] = fast
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The lines that the fast tests run, in this process."""
+    if not config.getoption("--all") and not config.option.file_or_dir:
+        COVERAGE.stop()
+        terminalreporter.section("lines that the fast tests cover")
+        COVERAGE.report(file=terminalreporter._tw._file, skip_empty=True)
 
 
 def tiny_llama(vocab_size, seed=0, layers=2, kv_heads=2, tie=True, spread=0.3, **extra):

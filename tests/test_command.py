@@ -233,6 +233,7 @@ def folder_made_ready(run):
     return folder.remembering(run)
 
 
+@pytest.mark.slow
 def test_redo_that_is_stopped_goes_on(tmp_path, monkeypatch):
     """Killed while it removes: what is left fits together. Killed later: what was made again is kept."""
     made(tmp_path)
@@ -325,6 +326,7 @@ def test_status_of_what_is_done_and_of_what_is_not_there(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_status_has_both_halves_and_all_seeds(tmp_path, capsys):
     for seed in (0, 1):
         made(tmp_path / f"seed{seed}", f"--seed={seed}")
@@ -336,6 +338,7 @@ def test_status_has_both_halves_and_all_seeds(tmp_path, capsys):
     assert out.count("everything is done") == 2 and "next: samples" not in out and "next: candidates" in out
 
 
+@pytest.mark.slow
 def test_a_command_that_finds_everything_done_says_so(tmp_path, capsys, monkeypatch):
     made(tmp_path)
     monkeypatch.setattr(program.report, "write", lambda *_, **__: None)
@@ -369,6 +372,7 @@ def test_the_line_above_the_bars(tmp_path):
     assert folder.place(run, "samples") == "sweet: 3 of 4, samples, about 12 s left"
 
 
+@pytest.mark.slow
 def test_seconds_are_known_from_a_run_with_the_same_settings(tmp_path):
     for name, flags in (("same", ["--seed=1"]), ("other", ["--base-lr=0.5"])):
         run = made(tmp_path / name, *flags)
@@ -411,6 +415,7 @@ def test_no_bar_is_torn_by_a_warning(capsys):
     assert warnings.showwarning.__module__ == "warnings" or "pytest" in warnings.showwarning.__module__
 
 
+@pytest.mark.slow
 def test_a_table_says_to_each_seed_what_it_was_told(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(program, "run_seeds", lambda command, *args: told.extend([command, *args]) or [tmp_path])

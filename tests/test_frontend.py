@@ -23,7 +23,7 @@ from worlds import frontend as world
 from worlds.tiny import make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=str(why_not()))]
 SIZES = [len(options) for _, options in world.SLOTS]
 
 

@@ -22,6 +22,8 @@ from env import Task, extract_code, grade, load_tasks
 from machinery import sandbox, sandbox_worker
 from tests.programs import PROGRAMS, RIGHT
 
+pytestmark = pytest.mark.slow
+
 COLBENCH = Path(__file__).resolve().parent.parent.parent / "shared" / "colbench" / "backend.jsonl"
 FAST = {"call_seconds": 0.7, "answer_seconds": 6.0}
 

@@ -19,6 +19,8 @@ from machinery.thoughts import spoken
 from simulator import NO_PREFERENCE, EndpointHuman, ModelHuman, make_human, prompt_for
 from worlds import backend as world
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-this-is-secret-0123456789"
 TASK = Task("make a function", "def f(x):\n    return x", {"a": "f(1)"})

@@ -21,6 +21,8 @@ from machinery.start import check_device, stages_to_do
 from machinery.train import check_adapters
 from worlds import pages
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 TASK = {"problem_description": "p", "ground_truth": "def f():\n    return 1\n", "test_cases": {"a": "f()"}}
 TURNS = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "x"}]

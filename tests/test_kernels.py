@@ -539,7 +539,9 @@ def eager(hidden, weight, targets):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n, d, v", [(1, 16, 33), (37, 50, 170), (16, 8, 32), (33, 17, 97), (5, 64, 300)])
+@pytest.mark.parametrize("n, d, v", [
+    (16, 8, 32), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in (
+        (1, 16, 33), (37, 50, 170), (33, 17, 97), (5, 64, 300)))])
 def test_triton_error_is_no_worse_than_eager(fused, n, d, v, dtype):
     """Values and both gradients against float64, on shapes that fill no block: at most 1.5 times eager's own error, in
     the mean over several seeds (more where there is one row: on 96 the ratio is 0.9 to 1.3, on one anything)."""
@@ -585,6 +587,7 @@ def test_triton_reads_tensors_that_are_not_contiguous(fused):
     assert all(torch.equal(a, b) for a, b in zip(want, turned))
 
 
+@pytest.mark.slow
 def test_a_whole_model_through_the_triton_kernel(fused, model, monkeypatch):
     """turn_logprobs with the kernel in the place of plain PyTorch: the same sums and gradients."""
     examples = [flat(d) for d in forest(model.config.vocab_size, (2, 1))]

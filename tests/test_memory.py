@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from machinery.train import add_adapters
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("memory", ROOT / "docs/memory.py")
 memory = importlib.util.module_from_spec(spec)

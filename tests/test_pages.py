@@ -34,7 +34,7 @@ def why_not():
         return f"{error}; needs: {browser.INSTALL}"
 
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=str(why_not()))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=str(why_not()))]
 
 
 @pytest.fixture(scope="module", autouse=True)

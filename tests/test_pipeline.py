@@ -15,6 +15,8 @@ import sweet as program
 from worlds import World
 from machinery.files import InputError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--base-documents", "1500", "--base-epochs", "2", "--rollout-tasks", "80", "--rollout-per-task", "8",
         "--critic-nll", "0", "--critic-epochs", "1", "--candidates-states", "160", "--candidates-n", "6",

@@ -10,6 +10,8 @@ from env import Task, grade
 from machinery.program import find_program
 from tests.programs import PROGRAMS, RIGHT
 
+pytestmark = pytest.mark.slow
+
 COLBENCH = Path(__file__).resolve().parent.parent.parent / "shared" / "colbench" / "backend.jsonl"
 SQUARE = Task("p", RIGHT, {f"test{x}": f"f({x})" for x in range(4)})
 WRONG = "def f(x):\n    return [x, x + x]\n"

@@ -25,6 +25,8 @@ from machinery.files import InputError
 from machinery.train import Machine, check_context, enable_checkpointing, fit, load_model, save_to
 from kernels.logprob import collate, reference_sums, turn_logprobs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(os.environ.get("COLBENCH", ROOT.parent / "shared/colbench"))
 COLBENCH, FRONTEND = FOLDER / "backend.jsonl", FOLDER / "frontend.jsonl"

@@ -14,6 +14,8 @@ from machinery import schema
 from machinery.files import InputError, JsonlWriter, clean, fingerprint, read_jsonl, write_groups, write_json
 from simulator import ConsoleHuman, ScriptedHuman, prompt_for
 
+pytestmark = pytest.mark.slow
+
 HALF, EMOJI, SIGN = "\ud83d", "\U0001f600", "\ufffd"
 TASK = {"problem_description": "p", "ground_truth": "def f(): return 1", "test_cases": {"a": "f()"}}
 USER, AGENT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}

@@ -294,6 +294,7 @@ def test_charts_are_xml_in_the_colours_of_the_page(page):
         assert set(re.findall(r"var\((.*?)\)", svg)) <= set(re.findall(r"(--\w+):", page))
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_page(page, whole_run, tmp_path):
     report.write(whole_run, tmp_path / "again.html")
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
@@ -526,6 +527,7 @@ def test_the_readmes_pictures_are_drawn_from_the_committed_numbers(tmp_path):
         assert [report.bracketed(found) for found in ways] == [cell.strip() for cell in row.split("|")[2:4]]
 
 
+@pytest.mark.slow
 def test_initial_policy_from_elsewhere(whole_run, page, tmp_path):
     root = tmp_path / whole_run.name
     shutil.copytree(whole_run, root)
@@ -540,6 +542,7 @@ def test_initial_policy_from_elsewhere(whole_run, page, tmp_path):
     assert all("better than" in text or "nothing else" in text for text in numbers)
 
 
+@pytest.mark.slow
 def test_a_run_without_c_alone(whole_run, tmp_path):
     """Its curves, dialogues and advantages are shown, and only what was not run is said to be absent."""
     root, own = tmp_path / "run", tmp_path / "run" / "no-reference"

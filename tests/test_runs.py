@@ -25,6 +25,8 @@ from machinery.files import InputError, JsonlWriter, put_text, read_json, write_
 from machinery.reasons import why_no_pair, why_no_success, why_no_turn_pair
 from machinery.train import fit
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--base-documents", "300", "--base-epochs", "1", "--rollout-tasks", "30", "--rollout-per-task", "8",
         "--critic-epochs", "1", "--candidates-states", "40", "--candidates-n", "4", "--actor-epochs", "1",

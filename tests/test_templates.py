@@ -15,6 +15,8 @@ from conftest import byte_tokenizer
 
 from env import ANSWER_MARKER, REFERENCE_PREFIX, _scaffold, action_tokens, control_tokens, end_of_turn, render
 
+pytestmark = pytest.mark.slow
+
 ORIGINALS = importlib.util.find_spec("trl")
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")

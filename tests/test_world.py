@@ -39,6 +39,7 @@ def test_same_seed_same_tasks():
     assert world.make_tasks(10, 3, "dev") == first[:10]
 
 
+@pytest.mark.slow
 def test_more_tasks_than_a_split_holds(monkeypatch):
     """One topic has 64 functions, shared out among three splits."""
     monkeypatch.setattr(world, "TOPICS", ("tides",))

@@ -9,6 +9,8 @@ from machinery.files import InputError
 from worlds import World, find_world
 from worlds.backend import Backend
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
