@@ -408,14 +408,14 @@ def preference_loss(model, pairs, beta, nll, batch=None):
     return loss, {"accuracy": accuracy, "margin": (better_B - worse_B).mean().item()}
 
 
-def train_preferences(model, examples, out, cfg, seed, save, label):
+def train_preferences(model, examples, out, cfg, seed, save, label, **how):
     """Fit the policy on pairs of views. `model` is the initial policy: its log-probs, pi_ref, are taken before the
     first step."""
     add_reference(model, examples)
 
     def loss(model, part, batch):
         return preference_loss(model, part, cfg.beta, cfg.nll, batch)
-    return fit(model, examples, loss, out, cfg, seed, save, label=label, sizes=pair_sizes(examples))
+    return fit(model, examples, loss, out, cfg, seed, save, label=label, sizes=pair_sizes(examples), **how)
 
 
 def imitation_loss(model, views, batch=None):
@@ -425,8 +425,8 @@ def imitation_loss(model, views, batch=None):
     return -sums_BK.sum() / tokens, {}
 
 
-def train_imitation(model, views, out, cfg, seed, save, label):
+def train_imitation(model, views, out, cfg, seed, save, label, **how):
     """Fit the policy on views of successful trajectories (RFT), or of a demonstrator's dialogues (the small world's
     base)."""
     sizes = [len(input_ids) for input_ids, _ in views]
-    return fit(model, views, imitation_loss, out, cfg, seed, save, label=label, sizes=sizes)
+    return fit(model, views, imitation_loss, out, cfg, seed, save, label=label, sizes=sizes, **how)

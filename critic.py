@@ -45,6 +45,8 @@ class Pairs:
 @dataclass(frozen=True)
 class Critic:
     """The critic's training (Eq. 2) and how its advantage is computed (Eq. 3)."""
+    kind: str = arg("bradley-terry", flag="critic")
+    """Which critic: bradley-terry, untrained, imitation, oracle or module:Class."""
     lr: float = 1e-3
     """Learning rate."""
     beta: float = 1.0
@@ -145,7 +147,7 @@ def watch(advantages_BK, lengths_BK):
             "margin_answers": (answer_B[:B] - answer_B[B:]).mean().item()}
 
 
-def train(model, tokenizer, pairs, out, cfg, seed, save):
+def train(model, tokenizer, pairs, out, cfg, seed, save, **how):
     """Fit the critic, starting from `model`, which is also pi_ref: its log-probs are taken before the first step."""
     examples = []
     for better, worse in pairs:
@@ -156,7 +158,28 @@ def train(model, tokenizer, pairs, out, cfg, seed, save):
 
     def loss(model, part, batch):
         return loss_fn(model, part, cfg.beta, cfg.nll, cfg.normalize, batch)
-    return fit(model, examples, loss, out, cfg, seed, save, label="critic", sizes=pair_sizes(examples))
+    return fit(model, examples, loss, out, cfg, seed, save, label="critic", sizes=pair_sizes(examples), **how)
+
+
+class BradleyTerry:
+    """The paper's critic, and what any other one needs: `fit`, once, and `score`, wherever turns are ranked.
+    `--critic module:Class` runs yours, made by `Class()`; studies/critics.py has others."""
+
+    def fit(self, run, out):
+        """Learn from the offline dialogues; leave what was learned in the folder `out`. run (sweet.Run): .model(name,
+        train), .better_and_worse(...), .settings, .seed."""
+        model, tokenizer = run.model("base", train=True)
+        cfg = run.settings["critic"]
+
+        def view(trajectory):
+            return critic_view(tokenizer, trajectory, cfg.reference)
+        pairs = run.better_and_worse(run.settings["pairs"].per_task, model, tokenizer, view)
+        train(model, tokenizer, pairs, out, cfg, run.seed, **run.learning(model, tokenizer))
+
+    def score(self, run, states, cfg):
+        """Add `advantage` to every candidate of every state (see `rank`). run: .model(name), .world, .grade, also of
+        the report and of `play`; cfg: the settings above."""
+        rank(*run.model("critic"), states, cfg)
 
 
 # ------------------------------------------------------------------ ranking

@@ -21,6 +21,7 @@ import sys
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import actor
@@ -83,7 +84,8 @@ class Dialogue:
         actor.play_out(model, tokenizer, [self.env], Pause(), [key], top_p=top_p, max_tokens=cfg.max_tokens)
         record = {"task": self.task.to_record(), "dialogue_history": self.env.messages, "answer": self.env.answer}
         state = report.agent_states(record)[-1]
-        report.judge_states(self.load, [state], self.run.settings["critic"], cfg.max_tokens)
+        loaded = SimpleNamespace(model=self.load, world=self.run.world, grade=self.run.grade)
+        report.judge_states(loaded, [state], self.run.settings["critic"], cfg.max_tokens)
         if self.env.answer is not None:
             reward, = self.run.grade([self.env.answer], [self.task])
             self.record = {**record, "reward": reward, "policy": self.policy, "seed": self.seed}

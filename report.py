@@ -826,17 +826,18 @@ def agent_states(record):
     ]
 
 
-def judge_states(load, states, cfg, max_tokens, rows=512, n=16):
+def judge_states(run, states, cfg, max_tokens, rows=512, n=16):
     """`compare` the turn of each state with n turns of the initial policy there: adds "judged", and "candidates", of
     which the turn itself is the last.
 
-    load(name) -> (model, tokenizer); cfg: how the critic ranks; rows: turns that are sampled side by side.
+    run: .model(name), .world and .grade; cfg: a critic.Critic; rows: turns that are sampled side by side.
     """
     import actor
     import critic
     from env import action_tokens
+    from studies.critics import find_critic
 
-    policy, tokenizer = load("base")
+    policy, tokenizer = run.model("base")
     size = max(1, rows // n)
     parts = [states[i : i + size] for i in range(0, len(states), size)]
     for part in parts:
@@ -848,10 +849,8 @@ def judge_states(load, states, cfg, max_tokens, rows=512, n=16):
             state["turn"]["output_ids"] = action_tokens(tokenizer, state["turn"])
             state["candidates"].append(state["turn"])
         critic.score_reference(policy, tokenizer, part)
-    del policy  # a model that `load` does not keep makes room for the critic
-    trained, tokenizer = load("critic")
-    for part in parts:
-        critic.rank(trained, tokenizer, part, cfg)
+    del policy  # a model that `run` does not keep makes room for the critic
+    find_critic(cfg.kind).score(run, [state for part in parts for state in part], cfg)
     for state in states:
         state["judged"] = compare(state["turn"], state["candidates"][:-1])
 
@@ -861,7 +860,7 @@ def judge_turns(run, records):
     found = [agent_states(record) for record in records]
     states = [state for states in found for state in states]
     max_tokens = run.settings.get("rollout.max_tokens", 48)
-    judge_states(run.model, states, run.critic_settings(), max_tokens, run.machine.rows)
+    judge_states(run, states, run.critic_settings(), max_tokens, run.machine.rows)
     for record, states in zip(records, found):
         record["judged"] = [state["judged"] for state in states]
 

@@ -58,6 +58,7 @@ from machinery.server import Server
 from machinery.settings import Record, check_tasks_given, flat, no_held_out
 from machinery.start import check_start, machine_here, stages_to_do
 from machinery.train import Given, Machine, arg, check_finite, check_states, check_views, load_model, save_to
+from studies.critics import find_critic
 from worlds import find_world, tiny
 
 
@@ -108,6 +109,7 @@ class Run:
         self.options, self.settings, self.seed = options, settings, options.seed
         self.root, self.given, self.machine = Path(options.run), settings["given"], settings["machine"]
         self.world = find_world(options.task)
+        self.critic = find_critic(settings["critic"].kind)
         self.grade = self.world.grader(self.given.clip, settings["rollout"].call_seconds)
         self.rules = {"grade": self.grade, "instructions": self.world.INSTRUCTIONS}
         self.variant = self.root if settings["critic"].reference else self.root / "no-reference"
@@ -160,6 +162,22 @@ class Run:
     def held_out(self):
         return self.tasks(self.given.heldout, "eval", self.settings["eval"].split)
 
+    def learning(self, model, tokenizer):
+        """What a stage hands on to machinery.train.fit: how to save, and what fits into memory."""
+        return {"save": save_to(model, tokenizer), "micro_batch": self.machine.micro_batch}
+
+    def better_and_worse(self, per_task, model, tokenizer, view):
+        """Pairs of offline dialogues. view(trajectory): what `model` will read of it."""
+        margin = self.settings["pairs"].margin
+        found = list(self.trajectories(tokenizer))
+        pairs = critic.trajectory_pairs(found, per_task, margin, random.Random(f"pairs {self.seed}"))
+        if not pairs:
+            why = why_no_pair(found, self.settings["rollout"], ANSWER_MARKER, self.given.trajectories, margin)
+            nothing(self, "trajectories.jsonl", "pair", why)
+        used = [trajectory for pair in pairs for trajectory in pair]
+        check_views(model, map(view, used), [trajectory["where"] for trajectory in used])
+        return pairs
+
     def records(self, name, kind):
         return (record for _, record in schema.read_records(self.path(name), kind))
 
@@ -175,7 +193,8 @@ def stage_base(run):
     documents = run.world.documents(cfg.documents, run.seed)
     views = [render(tokenizer, messages, reference) for messages, reference in documents]
     check_views(model, views, ["a dialogue of the demonstrator"] * len(views))
-    actor.train_imitation(model, views, run.path("base"), cfg, run.seed, save_to(model, tokenizer), "base")
+    actor.train_imitation(model, views, run.path("base"), cfg, run.seed, label="base",
+                          **run.learning(model, tokenizer))
 
 
 def stage_rollout(run):
@@ -192,28 +211,12 @@ def stage_rollout(run):
                  run.machine.rows, group, "rollout")
 
 
-def better_and_worse(run, per_task, model, tokenizer, view):
-    """Pairs of offline dialogues. view(trajectory): what `model` will read of it."""
-    margin, found = run.settings["pairs"].margin, list(run.trajectories(tokenizer))
-    pairs = critic.trajectory_pairs(found, per_task, margin, random.Random(f"pairs {run.seed}"))
-    if not pairs:
-        nothing(run, "trajectories.jsonl", "pair",
-                why_no_pair(found, run.settings["rollout"], ANSWER_MARKER, run.given.trajectories, margin))
-    used = [trajectory for pair in pairs for trajectory in pair]
-    check_views(model, map(view, used), [trajectory["where"] for trajectory in used])
-    return pairs
-
-
 def nothing(run, name, what, why):
     raise InputError(f"{run.path(name)}: no {what} to learn from: {why}")
 
 
 def stage_critic(run):
-    model, tokenizer = run.model("base", train=True)
-    cfg = run.settings["critic"]
-    pairs = better_and_worse(run, run.settings["pairs"].per_task, model, tokenizer,
-                             lambda trajectory: critic.critic_view(tokenizer, trajectory, cfg.reference))
-    critic.train(model, tokenizer, pairs, run.path("critic"), cfg, run.seed, save_to(model, tokenizer))
+    run.critic.fit(run, run.path("critic"))
 
 
 def stage_samples(run):
@@ -243,10 +246,8 @@ def stage_samples(run):
 
 
 def stage_candidates(run):
-    model, tokenizer = run.model("critic")
-
     def group(part, _):
-        critic.rank(model, tokenizer, part, run.settings["critic"])
+        run.critic.score(run, part, run.settings["critic"])
         return part
     states = list(run.records("samples.jsonl", schema.state("ref_sum", "ref_sum_without_c")))
     write_groups(run.path("candidates.jsonl"), states, 256, group, "candidates")
@@ -282,7 +283,7 @@ def stage_actor(run):
     for i, example in enumerate(examples, 1):
         check_views(model, example.values(), [f"{run.path('pairs.jsonl')}, line {i}"] * 2)
     actor.train_preferences(model, examples, run.path("actor"), run.settings["actor"], run.seed,
-                            save_to(model, tokenizer), "actor")
+                            label="actor", **run.learning(model, tokenizer))
 
 
 def stage_rft(run):
@@ -294,8 +295,8 @@ def stage_rft(run):
                 why_no_success(found, run.settings["rollout"], ANSWER_MARKER, run.given.trajectories))
     views = [render(tokenizer, trajectory["dialogue_history"]) for trajectory in won]
     check_views(model, views, [trajectory["where"] for trajectory in won])
-    actor.train_imitation(model, views, run.path("rft"), run.settings["rft"], run.seed, save_to(model, tokenizer),
-                          "rft")
+    actor.train_imitation(model, views, run.path("rft"), run.settings["rft"], run.seed, label="rft",
+                          **run.learning(model, tokenizer))
 
 
 def stage_multiturn(run):
@@ -303,10 +304,10 @@ def stage_multiturn(run):
 
     def view(trajectory):
         return render(tokenizer, trajectory["dialogue_history"])
-    pairs = better_and_worse(run, run.settings["multiturn"].per_task, model, tokenizer, view)
+    pairs = run.better_and_worse(run.settings["multiturn"].per_task, model, tokenizer, view)
     examples = [{"chosen": view(better), "rejected": view(worse)} for better, worse in pairs]
     actor.train_preferences(model, examples, run.path("multiturn"), run.settings["multiturn"], run.seed,
-                            save_to(model, tokenizer), "multiturn")
+                            label="multiturn", **run.learning(model, tokenizer))
 
 
 def stage_eval(run):
@@ -353,7 +354,7 @@ def stage_credit(run):
     critic.score_reference(model, tokenizer, states)
     valued = states[:cfg.monte_carlo_states]
     actor.play_on(model, tokenizer, valued, human, cfg.monte_carlo_rollouts, play, run.seed, run.grade)
-    critic.rank(*run.model("critic"), states, run.settings["critic"])
+    run.critic.score(run, states, run.settings["critic"])
     critic.label(states, run.world.judge, run.grade)
     write_lines(run.path("credit.jsonl"), states)
     write_json(run.path("credit.json"), {**critic.agreement_with_labels(states),

@@ -147,7 +147,6 @@ def load_model(path, cfg=None, train=False, seed=0):
         raise InputError(f"{path}: cannot be loaded as a causal language model with its tokenizer "
                          f"({' '.join(str(error).split())[:200]})") from None
     check_tokenizer(tokenizer, path)
-    model.micro_batch = cfg.micro_batch or None
     if getattr(model, "peft_config", None):
         restore_adapters(model, path, train)
     elif train and cfg.lora:
@@ -387,7 +386,6 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *, label="fit", warmup=0
                             schedule=schedule)
     log = checkpoint.load()
     copy_weights(weights, learning)
-    micro_batch = micro_batch or getattr(model, "micro_batch", None)
     model.eval()  # no dropout: it would move step 0, and log-probs would not be comparable with the reference's
     for module in model.modules():  # a layer recomputes its activations only if it believes that it trains
         module.training = getattr(module, "gradient_checkpointing", False)

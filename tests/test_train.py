@@ -122,17 +122,17 @@ def test_a_run_in_micro_batches_is_the_run(model, trajectories, tokenizer, tmp_p
     logs = []
     for micro in (None, 1):
         mine = copy.deepcopy(model)
-        mine.micro_batch = micro
-        save, out = save_to(mine, tokenizer), tmp_path / f"{stage}{micro}"
+        how, out = {"save": save_to(mine, tokenizer), "micro_batch": micro}, tmp_path / f"{stage}{micro}"
         if stage == "critic":
             pairs = [(trajectories[i], trajectories[i + 1]) for i in range(0, 10, 2)]
-            logs.append(critic.train(mine, tokenizer, pairs, out, critic.Critic(nll=0.3, batch_size=5), 0, save))
+            logs.append(critic.train(mine, tokenizer, pairs, out, critic.Critic(nll=0.3, batch_size=5), 0, **how))
         elif stage == "actor":
             logs.append(actor.train_preferences(mine, pair_examples(mine, tokenizer, trajectories), out,
-                                                actor.Actor(nll=0.3, batch_size=5), 0, save, "actor"))
+                                                actor.Actor(nll=0.3, batch_size=5), 0, label="actor", **how))
         else:
             views = [render(tokenizer, t["dialogue_history"]) for t in trajectories[:5]]
-            logs.append(actor.train_imitation(mine, views, out, actor.Rft(batch_size=5, epochs=3), 0, save, "rft"))
+            logs.append(actor.train_imitation(mine, views, out, actor.Rft(batch_size=5, epochs=3), 0, label="rft",
+                                              **how))
     for want, found in zip(*logs, strict=True):
         assert found == pytest.approx(want, rel=1e-3, abs=1e-4)
 
