@@ -1,7 +1,7 @@
 """Critics beside the paper's: what ranks the candidate turns is the only thing that differs from one to the next.
 
-Each is a class with `fit` and `score`, as critic.BradleyTerry documents them. `--critic NAME` or `--critic module:Class` puts one in
-the place of the paper's in a whole run; everything else stays as it is.
+Each is a class with `fit` and `score`, as critic.BradleyTerry documents them. `--critic NAME` or `--critic
+module:Class` puts one in the place of the paper's in a whole run; everything else stays as it is.
 
     untrained   A = 1/L [log pi_ref(a|o,c) - log pi_ref(a|o)]: no training at all. The initial model, told the solution,
                 against itself without it. What it can do, Eq. 2 has not taught.

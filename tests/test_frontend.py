@@ -333,5 +333,5 @@ def test_a_run_on_pages(tmp_path):
     assert world.grade([row["answer"] for row in rows], tasks) == [row["reward"] for row in rows]
     played = sweet("play", "--task", "frontend", *TINY, input="The header should be red.\n" * 5)
     assert "Similarity:" in played.stdout, played.stderr[-2000:]
-    refused = sweet("eval", *TINY)
+    refused = sweet("eval", "--task", "backend", *TINY)
     assert refused.returncode != 0 and "task = 'frontend'" in refused.stderr

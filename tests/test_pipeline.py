@@ -290,14 +290,14 @@ def test_a_human_who_leaves_in_an_evaluation_can_come_back(finished, tmp_path, m
 
     class Leaving:
         """Answers the first call, and then nobody."""
-        def __init__(self, *how):
-            self.human, self.calls = there(*how), 0
+        def __init__(self, world, *how):
+            self.human, self.calls = there(world, *how), 0
 
         def reply(self, tasks, dialogues):
             self.calls += 1
             replies = self.human.reply(tasks, dialogues)
             return replies if self.calls == 1 else [None] * len(replies)
-    monkeypatch.setattr(World, "human", Leaving)
+    monkeypatch.setattr(World, "human", lambda *how: Leaving(*how))
     with pytest.raises(SystemExit) as end:
         program.main([stage, "--run", str(run), *TINY])
     line = str(end.value)
