@@ -302,7 +302,7 @@ def test_a_human_who_leaves_in_an_evaluation_can_come_back(finished, tmp_path, m
         program.main([stage, "--run", str(run), *TINY])
     line = str(end.value)
     assert "\n" not in line and "same command" in line and not (run / left).exists()
-    monkeypatch.setattr(program.backend, "human", there)
+    monkeypatch.setattr(World, "human", there)
     program.main([stage, "--run", str(run), *TINY])
     assert (run / left).exists()
     if whole:
