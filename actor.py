@@ -25,11 +25,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from env import INSTRUCTIONS, DialogueEnv, Task
+from env import INSTRUCTIONS, DialogueEnv
 from env import action_tokens, control_tokens, end_of_turn, grade, known_ids, render
 from machinery.bars import progress
 from machinery.files import InputError
 from machinery.schema import outside_state, read_records
+from machinery.optional import load
 from machinery.train import arg, check_context, fit
 from kernels.logprob import add_reference, agent_tokens, lay_out, pair_logprobs, pair_sizes, turn_logprobs
 from kernels.prefix import branches
@@ -66,6 +67,8 @@ class Actor:
     """DPO on turn pairs (Eq. 4)."""
     lr: float = 1e-3
     """Learning rate."""
+    loss: str = "actor:dpo_loss"
+    """Eq. 4, or module:function of your own with the same arguments."""
     beta: float = 1.0
     """Eq. 4's beta."""
     nll: float = arg(1.0, least=0)
@@ -94,6 +97,8 @@ class Multiturn:
     """Trajectory pairs a task at most."""
     lr: float = 1e-3
     """Learning rate."""
+    loss: str = "actor:dpo_loss"
+    """DPO, or module:function of your own with the same arguments."""
     beta: float = 1.0
     """DPO's beta on whole trajectories."""
     nll: float = arg(1.0, least=0)
@@ -333,31 +338,6 @@ def read_candidates(tokenizer, path):
     return states
 
 
-def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade):
-    """Value every candidate by Monte Carlo: add "returns", the rewards of n dialogues that the policy plays on from
-    it."""
-    envs, keys = [], []
-    for s, state in enumerate(states):
-        for c, candidate in enumerate(state["candidates"]):
-            for k in range(n):
-                env = DialogueEnv(cfg.max_turns)
-                env.reset(Task.from_record(state["task"]))
-                env.messages = list(state["messages"])
-                env.turns = len(state["messages"]) // 2
-                env.step(candidate["content"], output_ids=candidate["output_ids"])
-                envs.append(env)
-                keys.append((seed, "play on", s, c, k))
-    for start in progress(range(0, len(envs), 512), "played on"):
-        part = slice(start, start + 512)
-        play_out(model, tokenizer, envs[part], human, keys[part], max_tokens=cfg.max_tokens)
-    if any(env.answer is None for env in envs):
-        raise InputError("the human left; the same command starts this stage again")
-    rewards = graded(envs, grade)
-    for state in states:
-        for candidate in state["candidates"]:
-            candidate["returns"] = [next(rewards) for _ in range(n)]
-
-
 # ------------------------------------------------------------------ learning
 
 def turn_pairs(advantages, counts, n, rng):
@@ -390,7 +370,7 @@ def turn_view(tokenizer, prompt, turn):
     return prefix + ids, [0] * len(prefix) + [1] * len(ids)
 
 
-def preference_loss(model, pairs, beta, nll, batch=None):
+def preference_loss(model, pairs, beta, nll, batch=None, pair_loss=dpo_loss):
     """DPO on a list of {"chosen", "rejected", "ref_chosen", "ref_rejected"}: the loss, and what to watch. batch: all
     pairs of the step, where these are a part of it: the likelihood term is a mean over the chosen agent tokens of the
     whole step."""
@@ -399,7 +379,7 @@ def preference_loss(model, pairs, beta, nll, batch=None):
     sums_B = sums_BK.sum(-1)
     ref_B = ref_BK.double().sum(-1).to(sums_B.dtype)
     chosen_B, rejected_B = sums_B.split(B)
-    loss = dpo_loss(chosen_B, rejected_B, *ref_B.split(B), beta)
+    loss = pair_loss(chosen_B, rejected_B, *ref_B.split(B), beta)
     tokens = agent_tokens([pair["chosen"] for pair in batch or pairs])
     loss = loss - nll * chosen_B.sum() / (B * tokens)
     rewards_B = beta * (sums_B - ref_B).detach()  # what DPO calls the implicit reward
@@ -413,8 +393,10 @@ def train_preferences(model, examples, out, cfg, seed, save, label, **how):
     first step."""
     add_reference(model, examples)
 
+    pair_loss = load(cfg.loss, f"--{label}-loss")
+
     def loss(model, part, batch):
-        return preference_loss(model, part, cfg.beta, cfg.nll, batch)
+        return preference_loss(model, part, cfg.beta, cfg.nll, batch, pair_loss)
     return fit(model, examples, loss, out, cfg, seed, save, label=label, sizes=pair_sizes(examples), **how)
 
 

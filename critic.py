@@ -18,14 +18,14 @@ single mean over the trajectory.
 
 Shapes: B trajectories, K turns.
 """
-import itertools
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-from env import ANSWER_MARKER, Task, render
+from env import render
+from machinery.optional import load
 from machinery.train import arg, check_finite, fit
 from kernels.logprob import add_reference, agent_tokens, lay_out, pair_logprobs, pair_sizes, reference_sums
 from kernels.logprob import turn_logprobs
@@ -49,6 +49,8 @@ class Critic:
     """Which critic: bradley-terry, untrained, imitation, oracle or module:Class."""
     lr: float = 1e-3
     """Learning rate."""
+    loss: str = "critic:bradley_terry_loss"
+    """Eq. 2, or module:function of your own with the same arguments."""
     beta: float = 1.0
     """Eq. 2's beta."""
     nll: float = arg(0.1, least=0)
@@ -121,13 +123,13 @@ def critic_view(tokenizer, trajectory, use_reference=True):
     return render(tokenizer, trajectory["dialogue_history"], reference)
 
 
-def loss_fn(model, pairs, beta, nll, normalize, batch=None):
+def loss_fn(model, pairs, beta, nll, normalize, batch=None, pair_loss=bradley_terry_loss):
     """The training loss on a list of pairs, and what to watch. batch: all pairs of the step, where these are a part of
     it: the likelihood term is a mean over the chosen agent tokens of the whole step."""
     B = len(pairs)
     sums_BK, ref_BK, lengths_BK = pair_logprobs(model, pairs)  # rows: B chosen ones, then B rejected ones
     advantages_BK = turn_advantages(sums_BK, ref_BK, lengths_BK, normalize)
-    loss = bradley_terry_loss(advantages_BK[:B], advantages_BK[B:], beta)
+    loss = pair_loss(advantages_BK[:B], advantages_BK[B:], beta)
     tokens = agent_tokens([pair["chosen"] for pair in batch or pairs])
     loss = loss - nll * sums_BK[:B].sum() / (B * tokens)
     return loss, watch(advantages_BK.detach(), lengths_BK)
@@ -156,8 +158,10 @@ def train(model, tokenizer, pairs, out, cfg, seed, save, **how):
         examples.append({"chosen": chosen, "rejected": rejected})
     add_reference(model, examples)
 
+    pair_loss = load(cfg.loss, "--critic-loss")
+
     def loss(model, part, batch):
-        return loss_fn(model, part, cfg.beta, cfg.nll, cfg.normalize, batch)
+        return loss_fn(model, part, cfg.beta, cfg.nll, cfg.normalize, batch, pair_loss)
     return fit(model, examples, loss, out, cfg, seed, save, label="critic", sizes=pair_sizes(examples), **how)
 
 
@@ -245,84 +249,3 @@ def judge_turns(trained, initial, trajectory, cfg):
     sums_BK, lengths_BK = turn_logprobs(model, batch)
     ref_BK, _ = turn_logprobs(initial, batch)
     return turn_advantages(sums_BK, ref_BK, lengths_BK, cfg.normalize)[0].tolist()
-
-
-# ------------------------------------------------------------------ is it right?
-
-def label(states, judge, grade):
-    """Add to every candidate what the world knows: `kind` and `good`, by judge(task, messages, text); an answer is good
-    when it earns the full reward."""
-    answers, texts, tasks = [], [], []
-    for state in states:
-        task = Task.from_record(state["task"])
-        for candidate in state["candidates"]:
-            content = candidate["content"]
-            candidate["kind"], candidate["good"] = judge(task, state["messages"], content)
-            if candidate["kind"] == "answer":
-                answers.append(candidate)
-                texts.append(content.split(ANSWER_MARKER, 1)[1])
-                tasks.append(task)
-    for candidate, reward in zip(answers, grade(texts, tasks)):
-        candidate["good"] = reward == 1.0
-
-
-def area_under_curve(good, bad):
-    """The chance that a random good one has a larger score than a random bad one (ties count half)."""
-    wins = 0.0
-    for better in good:
-        for worse in bad:
-            wins += 0.5 if better == worse else better > worse
-    return wins / (len(good) * len(bad))
-
-
-def agreement_with_labels(states):
-    """AUC within a state, averaged over the states that hold good and bad candidates of a kind.
-
-    states: {"candidates": [{"advantage", "kind", "good"}]}. Returns {kind: {"auc", "states"}} for questions and
-    answers.
-    """
-    result = {}
-    for kind in ("question", "answer"):
-        areas = []
-        for state in states:
-            good, bad = [], []
-            for candidate in state["candidates"]:
-                if candidate["kind"] == kind:
-                    side = good if candidate["good"] else bad
-                    side.append(candidate["advantage"])
-            if good and bad:
-                areas.append(area_under_curve(good, bad))
-        mean = sum(areas) / len(areas) if areas else None
-        result[kind] = {"auc": mean, "states": len(areas)}
-    return result
-
-
-def agreement_with_monte_carlo(states):
-    """Does a larger advantage mean a larger value? Pairs of candidates of one state whose values, means over the
-    rewards of dialogues played on from them, differ by more than two standard errors: the share that the critic
-    orders alike.
-
-    states: {"candidates": [{"advantage", "returns": rewards}]}. Returns {"accuracy", "pairs"}.
-    """
-    right, pairs = 0.0, 0
-    for state in states:
-        for one, other in itertools.combinations(state["candidates"], 2):
-            value, variance = value_of(one["returns"])
-            other_value, other_variance = value_of(other["returns"])
-            if abs(value - other_value) <= 2 * (variance + other_variance) ** 0.5:
-                continue  # not measured well enough to say which is better
-            pairs += 1
-            if one["advantage"] == other["advantage"]:
-                right += 0.5
-            else:
-                right += (one["advantage"] > other["advantage"]) == (value > other_value)
-    return {"accuracy": right / pairs if pairs else None, "pairs": pairs}
-
-
-def value_of(returns):
-    """Mean of some rewards, and its variance. One success and one failure more keep the variance of "always" and
-    "never" from being 0."""
-    returns = torch.tensor(returns, dtype=torch.float64)
-    smoothed = (returns.sum() + 1) / (len(returns) + 2)
-    variance = smoothed * (1 - smoothed) / len(returns)
-    return returns.mean().item(), variance.item()

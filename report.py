@@ -595,7 +595,7 @@ def ranking_chart(title, rows, half, names=None, **more):
 
 def sixteen(run):
     """The chosen states, ready for the page."""
-    from critic import label
+    from studies.credit import label
 
     states, pairs = (
         own_records(run.own / "candidates.jsonl"),

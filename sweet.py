@@ -24,6 +24,7 @@ ones contradict what is there, they are refused.
 import copy
 import dataclasses
 import functools
+import itertools
 import os
 import random
 import sys
@@ -48,7 +49,7 @@ from env import ANSWER_MARKER
 from env import load_tasks, read_trajectories, render
 from machinery import schema
 from machinery.bars import note, whole_bars
-from machinery.files import InputError, JsonlWriter, forgive, put_text, write_groups, write_json, write_lines
+from machinery.files import InputError, JsonlWriter, forgive, put_text, write_groups
 from machinery.flags import Flags, read_settings
 from machinery.folder import closing, flags_given, keep, measured, place, recall, remembering, show_status, to_redo
 from machinery.provenance import remember
@@ -58,6 +59,7 @@ from machinery.server import Server
 from machinery.settings import Record, check_tasks_given, flat, no_held_out
 from machinery.start import check_start, machine_here, stages_to_do
 from machinery.train import Given, Machine, arg, check_finite, check_states, check_views, load_model, save_to
+from studies import credit
 from studies.critics import find_critic
 from worlds import find_world, tiny
 
@@ -74,17 +76,6 @@ class Eval:
 
 
 @dataclass(frozen=True)
-class Credit:
-    """How the critic is checked."""
-    states: int = 200
-    """Held-out states whose candidates the critic is tested on."""
-    monte_carlo_states: int = arg(20, least=0)
-    """States whose candidates are also valued by playing on."""
-    monte_carlo_rollouts: int = 24
-    """Dialogues played on from each candidate."""
-
-
-@dataclass(frozen=True)
 class Table:
     """The stage table: several seeds of everything."""
     seeds: int = 5
@@ -93,10 +84,23 @@ class Table:
     """Seeds that run at the same time."""
 
 
-GROUPS = {"given": Given, "machine": Machine, "human": Server, "base": tiny.Base, "rollout": actor.Rollout,
-          "pairs": critic.Pairs, "critic": critic.Critic, "candidates": actor.Candidates, "actor": actor.Actor,
-          "rft": actor.Rft, "multiturn": actor.Multiturn, "eval": Eval, "credit": Credit, "table": Table,
-          "play": play.Play}
+GROUPS = {
+    "given": Given,
+    "machine": Machine,
+    "human": Server,
+    "base": tiny.Base,
+    "rollout": actor.Rollout,
+    "pairs": critic.Pairs,
+    "critic": critic.Critic,
+    "candidates": actor.Candidates,
+    "actor": actor.Actor,
+    "rft": actor.Rft,
+    "multiturn": actor.Multiturn,
+    "eval": Eval,
+    "credit": credit.Credit,
+    "table": Table,
+    "play": play.Play,
+}
 METHODS = {"base": "base", "rft": "RFT", "multiturn": "multi-turn DPO", "actor": "SWEET"}
 
 
@@ -106,8 +110,12 @@ class Run:
     """Where the files of a run are, what they are made from, and the settings that they are made with."""
 
     def __init__(self, options, settings):
-        self.options, self.settings, self.seed = options, settings, options.seed
-        self.root, self.given, self.machine = Path(options.run), settings["given"], settings["machine"]
+        self.options = options
+        self.settings = settings
+        self.seed = options.seed
+        self.root = Path(options.run)
+        self.given = settings["given"]
+        self.machine = settings["machine"]
         self.world = find_world(options.task)
         self.critic = find_critic(settings["critic"].kind)
         self.grade = self.world.grader(self.given.clip, settings["rollout"].call_seconds)
@@ -118,11 +126,14 @@ class Run:
             left_out |= {"rft", "multiturn"}
         if no_held_out(self.given):
             left_out |= {"eval", "credit"}
-        self.stages = {name: dataclasses.replace(stage, after=[n for n in stage.after if n not in left_out])
-                       for name, stage in STAGES.items()}
-        words = [flat(s, task=options.task, seed=self.seed) for s in (settings, settings_of(options, flags=False))]
+        self.stages = {}
+        for name, stage in STAGES.items():
+            after = [other for other in stage.after if other not in left_out]
+            self.stages[name] = dataclasses.replace(stage, after=after)
+        values = flat(settings, task=options.task, seed=self.seed)
+        defaults = flat(settings_of(options, flags=False), task=options.task, seed=self.seed)
         self.redo = to_redo(self)
-        self.record = Record(self.stages, *words, self.outputs, self.redo)
+        self.record = Record(self.stages, values, defaults, self.outputs, self.redo)
 
     def path(self, name):
         """A file of the run. What depends on whether the critic reads c lies in a folder of its own when it does
@@ -140,8 +151,10 @@ class Run:
         name = STAGES[stage].output
         if stage == "base" and self.given.model or stage == "rollout" and self.given.trajectories:
             return []
+        if not self.is_variant(name):
+            return [self.path(name)]
         other = self.root / "no-reference" if self.variant == self.root else self.root
-        return [self.path(name), other / name] if self.is_variant(name) else [self.path(name)]
+        return [self.path(name), other / name]
 
     def claim(self, stage):
         """Refuse to mix files that were made with different settings (machinery/settings.py)."""
@@ -204,11 +217,11 @@ def stage_rollout(run):
     actor.check_tasks(model, tokenizer, tasks, cfg)
 
     def group(part, _):
-        return actor.play_tasks(model, tokenizer, [tasks[i] for i, _ in part], human,
-                                [(run.seed, "rollout", *key) for key in part], cfg, temperature=cfg.temperature,
-                                **run.rules)
-    write_groups(run.path("trajectories.jsonl"), [(i, k) for i in range(len(tasks)) for k in range(cfg.per_task)],
-                 run.machine.rows, group, "rollout")
+        keys = [(run.seed, "rollout", *key) for key in part]
+        return actor.play_tasks(model, tokenizer, [tasks[i] for i, _ in part], human, keys, cfg,
+                                temperature=cfg.temperature, **run.rules)
+    dialogues = list(itertools.product(range(len(tasks)), range(cfg.per_task)))
+    write_groups(run.path("trajectories.jsonl"), dialogues, run.machine.rows, group, "rollout")
 
 
 def nothing(run, name, what, why):
@@ -231,13 +244,15 @@ def stage_samples(run):
             for turn in range(1, len(trajectory["dialogue_history"]), 2):
                 states.append({"task": trajectory["task"], "messages": trajectory["dialogue_history"][:turn]})
                 names.append(f"{trajectory['where']}, its reference and turn {turn // 2 + 1}")
-        chosen = sorted(rng.sample(range(len(states)), min(cfg.states, len(states))))
-        # in order, so that states of one task share what they can
-        states, names = [states[i] for i in chosen], [names[i] for i in chosen]
+        chosen = rng.sample(range(len(states)), min(cfg.states, len(states)))
+        chosen.sort()  # so that states of one task share what they can
+        states = [states[i] for i in chosen]
+        names = [names[i] for i in chosen]
     check_states(model, tokenizer, states, names, run.settings["rollout"].max_tokens)
 
     def group(part, first):
-        part, keys = copy.deepcopy(part), [(run.seed, "samples", first + i) for i in range(len(part))]
+        part = copy.deepcopy(part)
+        keys = [(run.seed, "samples", first + i) for i in range(len(part))]
         if not run.given.candidates:
             actor.sample_candidates(model, tokenizer, part, keys, cfg.n, run.settings["rollout"].max_tokens)
         critic.score_reference(model, tokenizer, part)
@@ -254,16 +269,24 @@ def stage_candidates(run):
 
 
 def stage_pairs(run):
-    rng, cfg, found = random.Random(f"turn pairs {run.seed}"), run.settings["pairs"], []
+    rng = random.Random(f"turn pairs {run.seed}")
+    cfg = run.settings["pairs"]
+    found = []
     for state in run.records("candidates.jsonl", schema.state("advantage")):
         turns = state["candidates"]
-        advantages, counts = [c["advantage"] for c in turns], [c.get("count", 1) for c in turns]
+        advantages = [turn["advantage"] for turn in turns]
+        counts = [turn.get("count", 1) for turn in turns]
         check_finite(advantages, run.path("candidates.jsonl"))
-        for pair in actor.turn_pairs(advantages, counts, cfg.per_state, rng):
-            chosen, rejected = ([{"role": "assistant", **{key: turns[i][key] for key in ("content", "output_ids")}}]
-                                for i in pair)
-            found.append({"prompt": state["messages"], "chosen": chosen, "rejected": rejected,
-                          "advantages": [advantages[i] for i in pair]})
+
+        def message(i, turns=turns):
+            return [{"role": "assistant", "content": turns[i]["content"], "output_ids": turns[i]["output_ids"]}]
+        for chosen, rejected in actor.turn_pairs(advantages, counts, cfg.per_state, rng):
+            found.append({
+                "prompt": state["messages"],
+                "chosen": message(chosen),
+                "rejected": message(rejected),
+                "advantages": [advantages[chosen], advantages[rejected]],
+            })
     if not found:
         states = list(run.records("candidates.jsonl", schema.state("advantage")))
         nothing(run, "candidates.jsonl", "pair of turns",
@@ -278,10 +301,14 @@ def stage_actor(run):
     pairs = list(run.records("pairs.jsonl", schema.pair()))
     if not pairs:
         raise InputError(f"{run.path('pairs.jsonl')}: holds no pair; delete it, and the same command says why")
-    examples = [{side: actor.turn_view(tokenizer, pair["prompt"], pair[side][0]) for side in ("chosen", "rejected")}
-                for pair in pairs]
-    for i, example in enumerate(examples, 1):
+    examples = []
+    for i, pair in enumerate(pairs, 1):
+        example = {}
+        for side in ("chosen", "rejected"):
+            turn, = pair[side]
+            example[side] = actor.turn_view(tokenizer, pair["prompt"], turn)
         check_views(model, example.values(), [f"{run.path('pairs.jsonl')}, line {i}"] * 2)
+        examples.append(example)
     actor.train_preferences(model, examples, run.path("actor"), run.settings["actor"], run.seed,
                             label="actor", **run.learning(model, tokenizer))
 
@@ -313,7 +340,7 @@ def stage_multiturn(run):
 def stage_eval(run):
     tasks, cfg, loaded = run.held_out(), run.settings["eval"], {}
     names = METHODS if run.variant == run.root else {"actor": "SWEET without c"}
-    todo = [(method, top_p, i) for method in names for top_p in (1.0, cfg.top_p) for i in range(len(tasks))]
+    todo = list(itertools.product(names, (1.0, cfg.top_p), range(len(tasks))))
 
     def group(part, _):
         method, top_p, _ = part[0]
@@ -321,9 +348,10 @@ def stage_eval(run):
             loaded.clear()
             loaded[method] = run.model(method)
             actor.check_tasks(*loaded[method], tasks, run.settings["rollout"], with_c=False)
-        played = actor.play_tasks(*loaded[method], [tasks[i] for _, _, i in part], run.human(),
-                                  [(run.seed, "eval", i) for _, _, i in part], run.settings["rollout"], top_p=top_p,
-                                  **run.rules)
+        chosen = [i for _, _, i in part]
+        keys = [(run.seed, "eval", i) for i in chosen]
+        played = actor.play_tasks(*loaded[method], [tasks[i] for i in chosen], run.human(), keys,
+                                  run.settings["rollout"], top_p=top_p, **run.rules)
         records = []
         for trajectory in played:
             if trajectory is None:  # the human left
@@ -335,37 +363,12 @@ def stage_eval(run):
     write_groups(run.path("eval.jsonl"), todo, len(tasks), group, "eval")
 
 
-def stage_credit(run):
-    cfg, rng, play = run.settings["credit"], random.Random(f"credit {run.seed}"), run.settings["rollout"]
-    tasks, human = run.held_out()[:cfg.states], run.human()
-    model, tokenizer = run.model("base")
-    actor.check_tasks(model, tokenizer, tasks, play)
-    states = []
-    keys = [(run.seed, "credit", i) for i in range(len(tasks))]
-    played = actor.play_tasks(model, tokenizer, tasks, human, keys, play, **run.rules)
-    if None in played:
-        raise InputError("the human left; the same command starts this stage again")
-    for trajectory in played:
-        turns = range(1, len(trajectory["dialogue_history"]), 2)
-        turn = turns[-1] if len(states) % 2 else rng.choice(turns)  # half of them where answers are given
-        states.append({"task": trajectory["task"], "messages": actor.bare(trajectory["dialogue_history"][:turn])})
-    keys = [(run.seed, "credit candidates", i) for i in range(len(states))]
-    actor.sample_candidates(model, tokenizer, states, keys, run.settings["candidates"].n, play.max_tokens)
-    critic.score_reference(model, tokenizer, states)
-    valued = states[:cfg.monte_carlo_states]
-    actor.play_on(model, tokenizer, valued, human, cfg.monte_carlo_rollouts, play, run.seed, run.grade)
-    run.critic.score(run, states, run.settings["critic"])
-    critic.label(states, run.world.judge, run.grade)
-    write_lines(run.path("credit.jsonl"), states)
-    write_json(run.path("credit.json"), {**critic.agreement_with_labels(states),
-                                         "monte_carlo": critic.agreement_with_monte_carlo(valued)})
-
-
 def stage_report(run):
     plain = copy.copy(run.options)
     plain.smoke, plain.preset = False, "small"
     defaults = flat(settings_of(plain, flags=False), task="backend", seed=0)
-    report.write(run.root, run.path("report.html"), world=run.world, machine=run.machine, defaults=defaults)
+    report.write(run.root, run.path("report.html"), world=run.world, machine=run.machine,
+                 defaults=defaults)
 
 
 @dataclass(frozen=True)
@@ -398,7 +401,7 @@ STAGES = {
     "rft": Stage(stage_rft, "rft", ("rollout",), ("rft.*", *TRAINED)),
     "multiturn": Stage(stage_multiturn, "multiturn", ("rollout",), ("pairs.margin", "multiturn.*", *TRAINED)),
     "eval": Stage(stage_eval, "eval.jsonl", ("actor", "rft", "multiturn"), ("eval.*", "heldout", *PLAYED)),
-    "credit": Stage(stage_credit, "credit.json", ("critic",), (
+    "credit": Stage(credit.check, "credit.json", ("critic",), (
         "eval.tasks", "eval.split", "heldout", "candidates.n", "critic.rank_against", "credit.*", *PLAYED)),
     "report": Stage(stage_report, "report.html", ("actor", "rft", "multiturn", "eval", "credit")),
 }
@@ -430,7 +433,9 @@ def table(run, cfg):
 
     def unfinished(folder, extra):
         here = open_run(["table", *words, f"--run={folder}", *extra])
-        return next(name for name in STAGES if not all(output.exists() for output in here.outputs(name)[:1]))
+        for name in STAGES:
+            if not all(output.exists() for output in here.outputs(name)[:1]):
+                return name
     with alone(run.root):
         keep(run)
     seeds = range(run.seed, run.seed + cfg.seeds)

@@ -45,18 +45,22 @@ def require(package, flag, use=None):
     return module
 
 
+def load(spec, flag, use=lambda found: found, expected="module:function, importable from here"):
+    """What `use` makes of the thing that is named so, module:name. InputError, naming the flag, where it fails."""
+    module, _, name = spec.partition(":")
+    try:
+        return use(getattr(importlib.import_module(module), name))
+    except (Exception, SystemExit) as error:  # the user's code, which fails in its own ways
+        raise InputError(f"{flag} {spec}: {type(error).__name__}: {first_line(error)}; expected {expected}") from None
+
+
 def make(spec, flag, *methods):
     """An object of the class that is named so, module:Class, made by `Class()`. methods: what it must have, as
     "name(arguments)". InputError, naming the flag, on anything else."""
-    module, _, name = spec.partition(":")
-    try:
-        made = getattr(importlib.import_module(module), name)()
-    except (Exception, SystemExit) as error:  # the user's code, which fails in its own ways
-        raise InputError(f"{flag} {spec}: {type(error).__name__}: {first_line(error)}; expected module:Class, "
-                         "importable from here and made by Class()") from None
+    made = load(spec, flag, lambda found: found(), "module:Class, importable from here and made by Class()")
     for method in methods:
         if not callable(getattr(made, method.partition("(")[0], None)):
-            raise InputError(f"{flag} {spec}: {name} has no method {method}")
+            raise InputError(f"{flag} {spec}: {type(made).__name__} has no method {method}")
     return made
 
 

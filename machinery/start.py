@@ -12,7 +12,7 @@ import tempfile
 import torch
 
 from machinery.files import InputError, note
-from machinery.optional import first_line
+from machinery.optional import first_line, load
 from machinery.train import check_adapters
 
 DIALOGUES = {"rollout", "eval", "credit"}  # the stages that talk with the human and grade
@@ -46,6 +46,8 @@ def check_start(run, stage, todo):
         check_attention(run.machine)
         if run.machine.lora:
             check_adapters("--lora")
+    for group in sorted(todo & {"critic", "actor", "multiturn"}):
+        load(run.settings[group].loss, f"--{group}-loss")
     if todo & {"base", "play", *DIALOGUES}:
         run.world.check_installed(run.given.clip)
     if stage not in ("table", "play", "report"):

@@ -15,6 +15,7 @@ import critic
 from env import ANSWER_MARKER, DialogueEnv, Task, end_of_turn, render
 from kernels.logprob import collate, turn_logprobs
 from simulator import ScriptedHuman
+from studies import credit
 from worlds import backend as world
 
 
@@ -347,7 +348,7 @@ def test_play_on_values_answers_by_their_reward(talker, tokenizer, tasks):
         ids = tokenizer(text, add_special_tokens=False).input_ids + [end_of_turn(tokenizer)]
         state["candidates"].append({"content": text, "output_ids": ids})
     messages = list(state["messages"])
-    actor.play_on(talker, tokenizer, [state], ScriptedHuman(world.respond), 3,
+    credit.play_on(talker, tokenizer, [state], ScriptedHuman(world.respond), 3,
                   actor.Rollout(max_turns=3, max_tokens=4), seed=0)
     assert [c["returns"] for c in state["candidates"]] == [[1.0] * 3, [0.0] * 3, [0.0] * 3]
     assert state["messages"] == messages
@@ -442,18 +443,18 @@ def brute_auc(good, bad):
 
 
 def test_area_under_curve():
-    assert critic.area_under_curve([2.0, 3.0], [1.0]) == 1.0 and critic.area_under_curve([0.0], [1.0]) == 0.0
-    assert critic.area_under_curve([1.0], [1.0]) == 0.5 and critic.area_under_curve([1.0, 3.0], [2.0]) == 0.5
+    assert credit.area_under_curve([2.0, 3.0], [1.0]) == 1.0 and credit.area_under_curve([0.0], [1.0]) == 0.0
+    assert credit.area_under_curve([1.0], [1.0]) == 0.5 and credit.area_under_curve([1.0, 3.0], [2.0]) == 0.5
     rng = random.Random(0)
     good, bad = ([rng.randint(0, 5) for _ in range(n)] for n in (17, 23))
-    assert critic.area_under_curve(good, bad) == pytest.approx(brute_auc(good, bad))
+    assert credit.area_under_curve(good, bad) == pytest.approx(brute_auc(good, bad))
 
 
 def test_agreement_with_labels_is_within_states_and_kinds():
     rng = random.Random(1)
     states = [{"candidates": [{"advantage": rng.choice([0, 1, 2]), "kind": rng.choice(["question", "answer", "other"]),
                                "good": rng.random() < 0.4} for _ in range(rng.randint(0, 12))]} for _ in range(40)]
-    for kind, found in critic.agreement_with_labels(states).items():
+    for kind, found in credit.agreement_with_labels(states).items():
         areas = []
         for state in states:
             good = [c["advantage"] for c in state["candidates"] if c["kind"] == kind and c["good"]]
@@ -461,19 +462,19 @@ def test_agreement_with_labels_is_within_states_and_kinds():
             if good and bad:
                 areas.append(brute_auc(good, bad))
         assert found["auc"] == pytest.approx(sum(areas) / len(areas)) and found["states"] == len(areas) > 5
-    empty = critic.agreement_with_labels([{"candidates": []}])
+    empty = credit.agreement_with_labels([{"candidates": []}])
     assert empty == {"question": {"auc": None, "states": 0}, "answer": {"auc": None, "states": 0}}
     # a large offset between states does not count: pairs are compared within a state only
     apart = [{"candidates": [{"advantage": base + x, "kind": "answer", "good": bool(x)} for x in (0, 1)]}
              for base in (0, 100)]
-    assert critic.agreement_with_labels(apart)["answer"] == {"auc": 1.0, "states": 2}
+    assert credit.agreement_with_labels(apart)["answer"] == {"auc": 1.0, "states": 2}
 
 
 def test_agreement_with_monte_carlo_on_hand_made_returns():
     def state(*candidates):
         return {"candidates": [{"advantage": a, "returns": returns} for a, returns in candidates]}
     always, never, half = [1.0] * 20, [0.0] * 20, [1.0, 0.0] * 10
-    agreement = critic.agreement_with_monte_carlo
+    agreement = credit.agreement_with_monte_carlo
     assert agreement([state((0.5, always), (0.1, never))]) == {"accuracy": 1.0, "pairs": 1}
     assert agreement([state((0.1, always), (0.5, never))]) == {"accuracy": 0.0, "pairs": 1}
     assert agreement([state((0.5, always), (0.5, never))]) == {"accuracy": 0.5, "pairs": 1}
@@ -497,7 +498,7 @@ def test_all_pairs_of_a_state_are_compared_once():
         if abs(means[0] - means[1]) > 2 * error:
             pairs += 1
             right += (a["advantage"] > b["advantage"]) == (means[0] > means[1])
-    assert critic.agreement_with_monte_carlo([{"candidates": candidates}]) == {
+    assert credit.agreement_with_monte_carlo([{"candidates": candidates}]) == {
         "accuracy": pytest.approx(right / pairs), "pairs": pairs}
 
 

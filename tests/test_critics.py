@@ -1,4 +1,5 @@
 """Critics behind one door: each ranks the same candidates, by its own numbers, in a whole run."""
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -6,8 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
+import actor
+import critic
 import sweet as program
 from machinery.files import InputError
+from machinery.train import save_to
 from studies.critics import Oracle, Untrained, find_critic
 from worlds import backend
 
@@ -84,3 +88,39 @@ def test_other_critics_rank_the_same_candidates(tmp_path, monkeypatch):
         if kind == "mine:Shortest":
             assert advantages == [-float(len(c["output_ids"])) for row in rows for c in row["candidates"]]
         assert (run / "credit.json").exists() and (run / "report.html").exists()
+
+
+LOSSES = """
+import torch
+
+def hinge(chosen_BK, rejected_BK, beta):
+    return torch.relu(1 - beta * (chosen_BK.sum(-1) - rejected_BK.sum(-1))).mean()
+
+def ipo(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, beta):
+    return (((chosen_B - ref_chosen_B) - (rejected_B - ref_rejected_B) - 1 / (2 * beta)) ** 2).mean()
+"""
+
+
+def test_a_loss_of_ones_own(model, trajectories, tokenizer, tmp_path, monkeypatch):
+    """At the first step all ratios are 0: hinge is 1, and IPO's square 1 / (4 beta^2)."""
+    (tmp_path / "my_losses.py").write_text(LOSSES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pairs = [(trajectories[i], trajectories[i + 1]) for i in range(0, 8, 2)]
+    cfg = critic.Critic(loss="my_losses:hinge", nll=0.0, epochs=1)
+    mine = copy.deepcopy(model)
+    log = critic.train(mine, tokenizer, pairs, tmp_path / "critic", cfg, 0, save_to(mine, tokenizer))
+    assert log[0]["loss"] == pytest.approx(1.0)
+    views = [{"chosen": critic.critic_view(tokenizer, better), "rejected": critic.critic_view(tokenizer, worse)}
+             for better, worse in pairs]
+    mine = copy.deepcopy(model)
+    log = actor.train_preferences(mine, views, tmp_path / "actor",
+                                  actor.Actor(loss="my_losses:ipo", nll=0.0, beta=0.25, epochs=1), 0,
+                                  save_to(mine, tokenizer), "actor")
+    assert log[0]["loss"] == pytest.approx(4.0)
+
+
+def test_what_is_no_loss_is_one_line_before_any_work(tmp_path):
+    with pytest.raises(SystemExit) as end:
+        program.main(["--run", str(tmp_path / "run"), "--actor-loss", "actor:nothing"])
+    assert "--actor-loss actor:nothing" in str(end.value) and "\n" not in str(end.value)
+    assert not (tmp_path / "run/base").exists()
