@@ -180,6 +180,9 @@ def results_caption(runs, means, sizes, ways, figure):
         f"over {over}. {figure.capitalize()}, turns: {decoding(ways[-1])}. Seconds: all stages after the base "
         f"policy ({base:.0f})."
     )
+    kind = settings_of(runs[0]).get("critic.kind", "bradley-terry")
+    if kind != "bradley-terry":
+        caption += f" The row SWEET ranks by another critic than the paper's: {kind}."
     if any(np.ptp(mean_R3[:, 0]) == 0 for mean_R3 in means.values()):
         caption += " A bracket of no width: all of these tasks came out alike; it does not say how others will."
     return caption

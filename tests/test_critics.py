@@ -9,6 +9,7 @@ import pytest
 
 import actor
 import critic
+import report
 import sweet as program
 from machinery.files import InputError
 from machinery.train import save_to
@@ -88,6 +89,8 @@ def test_other_critics_rank_the_same_candidates(tmp_path, monkeypatch):
         if kind == "mine:Shortest":
             assert advantages == [-float(len(c["output_ids"])) for row in rows for c in row["candidates"]]
         assert (run / "credit.json").exists() and (run / "report.html").exists()
+        table = report.results_table([run], backend.Backend())
+        assert f"another critic than the paper's: {kind}." in table
 
 
 LOSSES = """

@@ -36,7 +36,7 @@ def test_a_third_world_runs_from_start_to_end(tmp_path, monkeypatch, capsys):
 
 def test_what_is_no_world_is_one_line(monkeypatch):
     assert isinstance(find_world("backend"), Backend)
-    for spec, said in (("bakend", "expected backend or frontend or module:Class (perhaps backend)"),
+    for spec, said in (("bakend", "expected backend or frontend or blind or module:Class (perhaps backend)"),
                        ("nowhere:W", "No module named 'nowhere'"), ("json:JSONDecoder", "subclass of worlds.World"),
                        ("json:Nothing", "has no attribute 'Nothing'")):
         with pytest.raises(InputError) as error:

@@ -23,7 +23,11 @@ from machinery.optional import make
 from simulator import NO_PREFERENCE, make_human
 from worlds import tiny
 
-KNOWN_WORLDS = {"backend": "worlds.backend:Backend", "frontend": "worlds.frontend:Frontend"}
+KNOWN_WORLDS = {
+    "backend": "worlds.backend:Backend",
+    "frontend": "worlds.frontend:Frontend",
+    "blind": "worlds.blind:Blind",
+}
 METHODS = ("base", "RFT", "multi-turn DPO", "SWEET", "SWEET without c")
 
 

@@ -85,13 +85,13 @@ CONFUSED = ("Sorry, I did not understand the question.", "I am not sure what you
             "Could you put that differently?")
 
 
-def _topic_steps():
+def steps_of(topics):
     """For each topic, the sorted steps that matter to it. A fact of the world, the same for every seed."""
     rng = random.Random("topics")
-    return {topic: tuple(sorted(rng.sample(range(len(STEPS)), RELEVANT))) for topic in TOPICS}
+    return {topic: tuple(sorted(rng.sample(range(len(STEPS)), RELEVANT))) for topic in topics}
 
 
-TOPIC_STEPS = _topic_steps()
+TOPIC_STEPS = steps_of(TOPICS)
 
 
 LINES = {spec.line(value)[:-1]: (step, value) for step, spec in enumerate(STEPS) for value in range(4)}
@@ -116,16 +116,17 @@ def split_of(topic, values):
     return "train" if draw < 0.5 else "dev" if draw < 0.7 else "test"
 
 
-def make_tasks(n, seed, split="train"):
+def make_tasks(n, seed, split="train", topic_steps=TOPIC_STEPS, write=write_function):
     """n different tasks of a split as ColBench records (see Task). ValueError when the split is asked for more than
-    it holds."""
+    it holds. topic_steps, write: of this world, or of one that is built on it."""
     rng, tasks = random.Random(f"tasks {seed} {split}"), {}
+    topics = list(topic_steps)
     for _ in range(1000 * n):
-        topic = rng.choice(TOPICS)
-        values = {step: rng.choices(range(4), VALUE_WEIGHTS)[0] for step in TOPIC_STEPS[topic]}
+        topic = rng.choice(topics)
+        values = {step: rng.choices(range(4), VALUE_WEIGHTS)[0] for step in topic_steps[topic]}
         shown = [step for step in values if rng.random() < P_REVEALED]
-        if split_of(topic, values) == split and write_function(topic, values) not in tasks:
-            source = write_function(topic, values)
+        source = write(topic, values)
+        if split_of(topic, values) == split and source not in tasks:
             tasks[source] = Task(_request(rng, topic, values, shown), source, _test_cases(rng, topic))
         if len(tasks) == n:
             return list(tasks.values())
@@ -150,7 +151,7 @@ def asked_step(question):
     return next((i for i, step in enumerate(STEPS) if step.ask in question), None)
 
 
-def respond(task, dialogue, rng):
+def respond(task, dialogue, rng, asked_step=asked_step):
     """The scripted human: answers from the hidden solution, in varied words, and says so when the question is not in
     it."""
     step, values = asked_step(dialogue[-1]["content"]), read_function(task.hidden_information)
@@ -171,7 +172,7 @@ def known_steps(dialogue):
     return {i: v for i, step in enumerate(STEPS) for v in range(4) if step.values[v][0] in said}
 
 
-def judge(task, dialogue, action):
+def judge(task, dialogue, action, asked_step=asked_step):
     """What the world knows about a turn: (kind, good). kind is answer, question or other; a question is good when it
     is about a step that matters and is not yet known, an answer when it is the reference (up to formatting), anything
     else never."""
@@ -197,29 +198,6 @@ def phrases():
     return list(dict.fromkeys(text for text in texts if text))
 
 
-def documents(n, seed):
-    """Dialogues of the demonstrator: a list of (messages, reference or None), a reference in half of them."""
-    rng, out = random.Random(f"documents {seed}"), []
-    for _ in range(n):
-        topic = rng.choice(TOPICS)
-        # any steps go with any topic here: the base policy cannot learn what matters to which topic
-        steps = rng.sample(range(len(STEPS)), rng.choice((2, 3, 3, 4)))
-        values = {s: rng.choices(range(4), VALUE_WEIGHTS)[0] for s in steps}
-        shown = [step for step in values if rng.random() < P_REVEALED]
-        source = write_function(topic, values)
-        task, reads = Task(_request(rng, topic, values, shown), source), rng.random() < 0.5
-        instructions = INSTRUCTIONS.replace("{max_turns}", str(MAX_TURNS))
-        dialogue = [{"role": "user", "content": instructions + task.problem_description}]
-        for turn in range(1, MAX_TURNS + 1):
-            action = _demonstrate(rng, topic, values, dialogue, turn, reads)
-            dialogue.append({"role": "assistant", "content": action})
-            if ANSWER_MARKER in action:
-                break
-            dialogue.append({"role": "user", "content": respond(task, dialogue, rng)})
-        out.append((dialogue[:2 * turn], source if reads else None))
-    return out
-
-
 def _demonstrate(rng, topic, values, dialogue, turn, reads):
     """One turn of the imperfect demonstrator; with `reads` it has looked at the reference, and is better but not
     perfect."""
@@ -240,6 +218,30 @@ def _demonstrate(rng, topic, values, dialogue, turn, reads):
         guesses = {s: rng.choices(range(4), VALUE_WEIGHTS)[0] for s in open_steps if rng.random() < 0.1}
         chosen = {**known, **guesses}
     return f"{ANSWER_MARKER}\n{write_function(topic, chosen)}"
+
+
+def documents(n, seed, topics=TOPICS, write=write_function, respond=respond, demonstrate=_demonstrate):
+    """Dialogues of the demonstrator: a list of (messages, reference or None), a reference in half of them. The rest: of
+    this world, or of one that is built on it."""
+    rng, out = random.Random(f"documents {seed}"), []
+    for _ in range(n):
+        topic = rng.choice(topics)
+        # any steps go with any topic here: the base policy cannot learn what matters to which topic
+        steps = rng.sample(range(len(STEPS)), rng.choice((2, 3, 3, 4)))
+        values = {s: rng.choices(range(4), VALUE_WEIGHTS)[0] for s in steps}
+        shown = [step for step in values if rng.random() < P_REVEALED]
+        source = write(topic, values)
+        task, reads = Task(_request(rng, topic, values, shown), source), rng.random() < 0.5
+        instructions = INSTRUCTIONS.replace("{max_turns}", str(MAX_TURNS))
+        dialogue = [{"role": "user", "content": instructions + task.problem_description}]
+        for turn in range(1, MAX_TURNS + 1):
+            action = demonstrate(rng, topic, values, dialogue, turn, reads)
+            dialogue.append({"role": "assistant", "content": action})
+            if ANSWER_MARKER in action:
+                break
+            dialogue.append({"role": "user", "content": respond(task, dialogue, rng)})
+        out.append((dialogue[:2 * turn], source if reads else None))
+    return out
 
 
 def make_tokenizer():
