@@ -161,7 +161,9 @@ class Run:
         self.record.claim(stage)
 
     def model(self, name, train=False):
-        path = self.given.model if name == "base" and self.given.model else self.path(name)
+        path = self.path(name)
+        if name == "base" and self.given.model:
+            path = self.given.model
         return load_model(path, self.machine, train, self.seed)
 
     def human(self):
@@ -254,10 +256,12 @@ def stage_samples(run):
         part = copy.deepcopy(part)
         keys = [(run.seed, "samples", first + i) for i in range(len(part))]
         if not run.given.candidates:
-            actor.sample_candidates(model, tokenizer, part, keys, cfg.n, run.settings["rollout"].max_tokens)
+            max_tokens = run.settings["rollout"].max_tokens
+            actor.sample_candidates(model, tokenizer, part, keys, cfg.n, max_tokens)
         critic.score_reference(model, tokenizer, part)
         return part
-    write_groups(run.path("samples.jsonl"), states, max(1, run.machine.rows // 8), group, "samples")
+    size = max(1, run.machine.rows // 8)
+    write_groups(run.path("samples.jsonl"), states, size, group, "samples")
 
 
 def stage_candidates(run):
@@ -279,7 +283,8 @@ def stage_pairs(run):
         check_finite(advantages, run.path("candidates.jsonl"))
 
         def message(i, turns=turns):
-            return [{"role": "assistant", "content": turns[i]["content"], "output_ids": turns[i]["output_ids"]}]
+            turn = turns[i]
+            return [{"role": "assistant", "content": turn["content"], "output_ids": turn["output_ids"]}]
         for chosen, rejected in actor.turn_pairs(advantages, counts, cfg.per_state, rng):
             found.append({
                 "prompt": state["messages"],
@@ -332,7 +337,9 @@ def stage_multiturn(run):
     def view(trajectory):
         return render(tokenizer, trajectory["dialogue_history"])
     pairs = run.better_and_worse(run.settings["multiturn"].per_task, model, tokenizer, view)
-    examples = [{"chosen": view(better), "rejected": view(worse)} for better, worse in pairs]
+    examples = []
+    for better, worse in pairs:
+        examples.append({"chosen": view(better), "rejected": view(worse)})
     actor.train_preferences(model, examples, run.path("multiturn"), run.settings["multiturn"], run.seed,
                             label="multiturn", **run.learning(model, tokenizer))
 

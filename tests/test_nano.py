@@ -1,6 +1,7 @@
 """nano.py is the plain path: its log-probs, losses and gradients are the core's, so that neither can drift."""
 import copy
 import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +9,11 @@ import torch
 import actor
 import critic
 import nano
+from bench.lines import CORE, lines_of_code
 from kernels.logprob import collate, lay_out, turn_logprobs
 from worlds import backend
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def ragged(rng, lengths, vocabulary):
@@ -106,3 +110,10 @@ def test_turn_pairs_take_one_of_the_better_and_one_of_the_worse_samples():
 def test_importing_it_runs_nothing(capsys):
     runpy.run_path(nano.__file__, run_name="imported")
     assert capsys.readouterr().out == ""
+
+
+def test_the_readme_counts_right():
+    """Its number of lines of code of the five core files is what its command prints."""
+    counted = sum(lines_of_code((ROOT / name).read_text(encoding="utf-8")) for name in CORE)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"are {counted:,} lines of code (`python -m bench.lines`)" in readme
