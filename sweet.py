@@ -244,9 +244,11 @@ def stage_samples(run):
         states, names = [], []
         for trajectory in run.trajectories(tokenizer):
             for turn in range(1, len(trajectory["dialogue_history"]), 2):
-                states.append({"task": trajectory["task"], "messages": trajectory["dialogue_history"][:turn]})
+                messages = trajectory["dialogue_history"][:turn]
+                states.append({"task": trajectory["task"], "messages": messages})
                 names.append(f"{trajectory['where']}, its reference and turn {turn // 2 + 1}")
-        chosen = rng.sample(range(len(states)), min(cfg.states, len(states)))
+        n = min(cfg.states, len(states))
+        chosen = rng.sample(range(len(states)), n)
         chosen.sort()  # so that states of one task share what they can
         states = [states[i] for i in chosen]
         names = [names[i] for i in chosen]
@@ -254,7 +256,8 @@ def stage_samples(run):
 
     def group(part, first):
         part = copy.deepcopy(part)
-        keys = [(run.seed, "samples", first + i) for i in range(len(part))]
+        numbers = range(first, first + len(part))
+        keys = [(run.seed, "samples", number) for number in numbers]
         if not run.given.candidates:
             max_tokens = run.settings["rollout"].max_tokens
             actor.sample_candidates(model, tokenizer, part, keys, cfg.n, max_tokens)
@@ -327,7 +330,8 @@ def stage_rft(run):
                 why_no_success(found, run.settings["rollout"], ANSWER_MARKER, run.given.trajectories))
     views = [render(tokenizer, trajectory["dialogue_history"]) for trajectory in won]
     check_views(model, views, [trajectory["where"] for trajectory in won])
-    actor.train_imitation(model, views, run.path("rft"), run.settings["rft"], run.seed, label="rft",
+    cfg = run.settings["rft"]
+    actor.train_imitation(model, views, run.path("rft"), cfg, run.seed, label="rft",
                           **run.learning(model, tokenizer))
 
 
