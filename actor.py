@@ -397,7 +397,8 @@ def train_preferences(model, examples, out, cfg, seed, save, label, **how):
 
     def loss(model, part, batch):
         return preference_loss(model, part, cfg.beta, cfg.nll, batch, pair_loss)
-    return fit(model, examples, loss, out, cfg, seed, save, label=label, sizes=pair_sizes(examples), **how)
+    sizes = pair_sizes(examples)
+    return fit(model, examples, loss, out, cfg, seed, save, label=label, sizes=sizes, **how)
 
 
 def imitation_loss(model, views, batch=None):

@@ -162,7 +162,8 @@ def train(model, tokenizer, pairs, out, cfg, seed, save, **how):
 
     def loss(model, part, batch):
         return loss_fn(model, part, cfg.beta, cfg.nll, cfg.normalize, batch, pair_loss)
-    return fit(model, examples, loss, out, cfg, seed, save, label="critic", sizes=pair_sizes(examples), **how)
+    sizes = pair_sizes(examples)
+    return fit(model, examples, loss, out, cfg, seed, save, label="critic", sizes=sizes, **how)
 
 
 class BradleyTerry:

@@ -81,7 +81,8 @@ class Dialogue:
         cfg, top_p = self.run.settings["rollout"], self.run.settings["eval"].top_p
         model, tokenizer = self.load(self.policy)
         key = (self.run.seed, "play", self.seed)
-        actor.play_out(model, tokenizer, [self.env], Pause(), [key], top_p=top_p, max_tokens=cfg.max_tokens)
+        actor.play_out(model, tokenizer, [self.env], Pause(), [key],
+                       top_p=top_p, max_tokens=cfg.max_tokens)
         record = {"task": self.task.to_record(), "dialogue_history": self.env.messages, "answer": self.env.answer}
         state = report.agent_states(record)[-1]
         loaded = SimpleNamespace(model=self.load, world=self.run.world, grade=self.run.grade)
@@ -332,7 +333,10 @@ def serve(gradio, page, cfg):
 def main(run, names):
     """Play until you leave. names: {policy: what the tables call it}."""
     cfg = run.settings["play"]
-    policies = {name: label for name, label in names.items() if name == "base" or run.path(name).exists()}
+    policies = {}
+    for name, label in names.items():
+        if name == "base" or run.path(name).exists():
+            policies[name] = label
     if cfg.policy not in policies:
         raise InputError(f"--play-policy {cfg.policy}: {run.root} holds no {cfg.policy}; expected one of "
                          f"{', '.join(policies)}, or train it: python sweet.py {cfg.policy}")

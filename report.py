@@ -167,7 +167,10 @@ def leads(means, methods, ways):
     found = {}
     for label, choice in {**choices, "better baseline": baselines}.items():
         best = [max(choice, key=lambda m, p=p: means[m, p][0, 0]) for p in ways]
-        gaps = [(means["SWEET", p] - means[m, p])[:, 0] for m, p in zip(best, ways)]
+        gaps = []
+        for method, p in zip(best, ways):
+            gap_R3 = means["SWEET", p] - means[method, p]
+            gaps.append(gap_R3[:, 0])
         found[label] = list(zip(best, map(interval, gaps)))
     return found
 
@@ -289,7 +292,8 @@ def results_table(runs, world):
     runs, text = [Path(root) for root in runs], []
     results = results_tables(runs, world, *summarise(map(evaluations, runs), world))
     for caption, header, rows in results + credit_tables(runs, world):
-        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+        columns = zip(header, *rows)
+        widths = [max(map(len, column)) for column in columns]
         lines = [header, ["-" * width for width in widths], *rows]
         text += ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines] + [
             "",
@@ -378,7 +382,10 @@ def first_screen(run, found):
         return {}
     methods, ways = ([*dict.fromkeys(names)] for names in zip(*means))
     figure, order = run.world.headers(run.settings)[0], paper_figures(run.world)
-    rows = {m: ([interval(means[m, p][:, 0]) for p in ways], order[m]) for m in methods}
+    rows = {}
+    for method in methods:
+        intervals = [interval(means[method, p][:, 0]) for p in ways]
+        rows[method] = intervals, order[method]
     title = f"{figure} by method, with 95 % intervals"
     chart = charts.intervals(
         title, rows, list(map(decoding, ways)), f"{figure}, %", "paper (8B)"
@@ -713,7 +720,8 @@ def training(run):
     for name, folder in folders.items():
         log = read_json(folder / name / "log.json", [])
         columns = {
-            key: [row.get(key, np.nan) for row in log] for key in (log[0] if log else ())
+            key: [row.get(key, np.nan) for row in log]
+            for key in (log[0] if log else ())
         }
         losses = np.array(columns.get("loss", []), dtype=float)
         whole = losses[np.isfinite(losses)]

@@ -298,7 +298,8 @@ def reference_sums(model, examples, batch_tokens=16384, label=None):
 
     # 3. score them
     sums = {}
-    with tqdm(total=len(first), desc=f"{label or 'scored':>12}", delay=0 if label else 2, leave=bool(label)) as bar:
+    delay = 0 if label else 2  # seconds: a part of a stage has a bar only if it takes longer
+    with tqdm(total=len(first), desc=f"{label or 'scored':>12}", delay=delay, leave=bool(label)) as bar:
         for batch in batches:
             sums_BK, _ = turn_logprobs(model, lay_out(model, [examples[i] for i in batch]))
             for i, row in zip(batch, sums_BK.tolist()):

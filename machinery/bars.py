@@ -30,7 +30,8 @@ def progress(items, label):
 def whole_bars():
     """While here, warnings and the libraries' logs are lines between the bars, too."""
     def show(message, category, filename, line, file=None, text=None):
-        tqdm.write(warnings.formatwarning(message, category, filename, line, text), file=file or sys.stderr, end="")
+        said = warnings.formatwarning(message, category, filename, line, text)
+        tqdm.write(said, file=file or sys.stderr, end="")
     libraries = [logging.getLogger(name) for name in (None, "transformers", "huggingface_hub")]
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()  # a bar for each of the small files of the small world says nothing

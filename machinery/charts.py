@@ -253,7 +253,8 @@ def smooth(values):
     finite = np.isfinite(values)
     total = np.convolve(np.where(finite, values, 0), window, "same")
     count = np.convolve(finite.astype(float), window, "same")
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0.5)
+    unknown = np.full(len(values), np.nan)
+    return np.divide(total, count, out=unknown, where=count > 0.5)
 
 
 def training(title, lines):

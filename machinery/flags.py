@@ -49,13 +49,16 @@ class Flags:
 
     def __init__(self, text, groups, **choices):
         self.text, self.choices, self.groups = text, choices, {"common": Common, **groups}
-        self.places = {name_of(group, f): (group, f) for group, kind in self.groups.items() for f in fields(kind)}
+        self.places = {}
+        for group, kind in self.groups.items():
+            self.places |= {name_of(group, f): (group, f) for f in fields(kind)}
         self.flags = {name: flag_of(*place) for name, place in self.places.items()}
         self.texts = {}
         parts = []
         for group, kind in self.groups.items():
             made = self.part(group, kind)
-            parts.append((group, Annotated[made, tyro.conf.arg(help=kind.__doc__)], field(default_factory=made)))
+            how = tyro.conf.arg(help=kind.__doc__)
+            parts.append((group, Annotated[made, how], field(default_factory=made)))
         self.kind = make_dataclass("Flags", parts)
 
     def part(self, group, kind):
@@ -98,7 +101,9 @@ class Flags:
     def nearest(self, word):
         """The flag that a word may stand for, in words; or nothing."""
         known = [flag for name, flag in self.flags.items() if name != "stage"]
-        known += [self.other(name) for name, (_, f) in self.places.items() if f.type is bool]
+        for name, (_, f) in self.places.items():
+            if f.type is bool:
+                known.append(self.other(name))
         near = difflib.get_close_matches(word.partition("=")[0].replace("_", "-"), known, 1)
         return f"perhaps {near[0]}; " if near else ""
 
@@ -125,10 +130,14 @@ class Flags:
             print(self.help())
             sys.exit()
         given = self.given(argv)
-        kept = {name: value for name, value in (remembered or {}).items() if name in self.flags and name not in given}
+        kept = {}
+        for name, value in (remembered or {}).items():
+            if name in self.flags and name not in given:
+                kept[name] = value
         line = ["--help"] if "--help-all" in argv else [*self.words(kept), *argv]
         with _errors.on_parse_error(self.refuse):
-            found = tyro.cli(self.kind, args=line, prog="python sweet.py", description=self.text.partition("\n")[0])
+            title, _, _ = self.text.partition("\n")
+            found = tyro.cli(self.kind, args=line, prog="python sweet.py", description=title)
         options = SimpleNamespace(given=given, running="")  # .running: the stage that runs
         for name, (group, f) in self.places.items():
             known = group == "common" or name in given or name in kept
@@ -144,8 +153,10 @@ def read_settings(options, groups, defaults, flags=True):
         values = {**defaults.get(group, {}), **PRESETS[options.preset].get(group, {})}
         if options.smoke:
             values |= SMOKE.get(group, {})
-        said = {f.name: getattr(options, name_of(group, f)) for f in fields(kind)} if flags else {}
-        values |= {name: value for name, value in said.items() if value is not None}
+        for f in fields(kind) if flags else ():
+            said = getattr(options, name_of(group, f))
+            if said is not None:
+                values[f.name] = said
         settings[group] = kind(**values)
         check_values(group, settings[group])
     return settings

@@ -183,7 +183,10 @@ def spent(root):
 def closing(run):
     """What the end of a run says beside its table."""
     lines = [spent(run.root)]
-    missing = [name for name in run.record.needs("report") if run.outputs(name) and not run.outputs(name)[0].exists()]
+    missing = []
+    for name in run.record.needs("report"):
+        if run.outputs(name) and not run.outputs(name)[0].exists():
+            missing.append(name)
     if missing := [name for name in missing if name != "report"]:
         lines.append(f"not made yet: {', '.join(missing)} (python sweet.py --run {run.root} makes them)")
     if run.options.smoke:
@@ -208,14 +211,19 @@ def state(run, name):
         seconds = peek(output.parent / "seconds.json").get(name)
         return "done", "" if seconds is None else in_words(seconds), size_of(output), output
     begun = leftovers(output)
-    return ("begun", "", "", ", ".join(map(str, begun))) if begun else ("to do", "", "", "")
+    if begun:
+        return "begun", "", "", ", ".join(map(str, begun))
+    return "to do", "", "", ""
 
 
 def show_status(root, open_run):
     """What there is of a run, or of all the seeds of a table, and what comes next. Only reads."""
     for folder in sorted(root.glob("seed*/")) or [root]:
         halves = {"--no-reference": folder / "no-reference", "--reference": folder}
-        there = [flag for flag, half in halves.items() if (half / FILE).exists() or (half / "settings").exists()]
+        there = []
+        for flag, half in halves.items():
+            if (half / FILE).exists() or (half / "settings").exists():
+                there.append(flag)
         for flag in reversed(there or ["--reference"]):
             run = open_run(["status", f"--run={folder}", flag])
             status(run, run.variant)

@@ -41,7 +41,8 @@ def run_seeds(command, root, seeds, jobs, unfinished):
         return ""
     Path(root).mkdir(parents=True, exist_ok=True)
     with alone(root), passing_on(children), ThreadPoolExecutor(jobs) as pool:
-        failed = list(filter(None, tqdm(pool.map(one, folders), total=len(folders), desc="seeds")))
+        ended = tqdm(pool.map(one, folders), total=len(folders), desc="seeds")
+        failed = list(filter(None, ended))
     if failed:
         raise InputError(f"{root}: no table, {len(failed)} of {len(folders)} seeds failed: {'; '.join(failed)}. The "
                          "logs are beside the runs; the same command goes on with what is missing")

@@ -30,7 +30,8 @@ def stages_to_do(run, stages, stage):
     while names:
         name = names.pop()
         given = {"base": run.given.model, "rollout": run.given.trajectories}.get(name)
-        if not given and (name in run.record.redo or not os.path.exists(run.path(stages[name].output))):
+        made = os.path.exists(run.path(stages[name].output)) and name not in run.record.redo
+        if not given and not made:
             found.add(name)
         names += stages[name].after
     return found - {"report"}  # it only reads

@@ -45,13 +45,16 @@ def name_of(group, f):
 
 def flag_of(group, f):
     """Its flag."""
-    return "--" + f.metadata.get("flag", name_of(group, f)).replace(".", "-").replace("_", "-")
+    name = f.metadata.get("flag", name_of(group, f))
+    return "--" + name.replace(".", "-").replace("_", "-")
 
 
 def check_values(group, settings):
     """InputError where a number is none that its field allows."""
     for f in fields(settings):
-        value, most, least = getattr(settings, f.name), f.metadata.get("most", math.inf), f.metadata.get("least")
+        value = getattr(settings, f.name)
+        most = f.metadata.get("most", math.inf)
+        least = f.metadata.get("least")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if not (value > 0 or value == least) or not value <= most or value == math.inf:
                 above = "of at least 0" if least == 0 else "above 0"
@@ -114,8 +117,13 @@ PAPER = {
 }
 
 # --smoke: everything in miniature, to see that it runs.
-SMOKE = {"base": {"documents": 7000, "epochs": 1}, "rollout": {"tasks": 60}, "critic": {"epochs": 1},
-         "candidates": {"states": 60, "n": 8}, "actor": {"epochs": 1}, "rft": {"epochs": 1}, "multiturn": {"epochs": 1},
+SMOKE = {"base": {"documents": 7000, "epochs": 1},
+         "rollout": {"tasks": 60},
+         "critic": {"epochs": 1},
+         "candidates": {"states": 60, "n": 8},
+         "actor": {"epochs": 1},
+         "rft": {"epochs": 1},
+         "multiturn": {"epochs": 1},
          "eval": {"tasks": 40}, "credit": {"states": 30, "monte_carlo_states": 4, "monte_carlo_rollouts": 8}}
 
 # --preset one-gpu: real models at a small scale, with adapters. Memory and time: docs/memory.md. Not tuned.
@@ -125,7 +133,8 @@ ONE_GPU = {
     "pairs": {"per_task": 2, "per_state": 4}, "candidates": {"states": 1000},
     "critic": {"lr": 1e-5, "beta": 0.1, "nll": 0.01, "epochs": 2},
     "actor": {"lr": 1e-5, "beta": 0.1, "nll": 0.01, "batch_size": 8, "epochs": 1},
-    "rft": {"lr": 1e-5, "epochs": 2}, "multiturn": {"lr": 1e-5, "beta": 0.1, "nll": 0.01, "epochs": 2, "per_task": 2},
+    "rft": {"lr": 1e-5, "epochs": 2},
+    "multiturn": {"lr": 1e-5, "beta": 0.1, "nll": 0.01, "epochs": 2, "per_task": 2},
     "eval": {"tasks": 200}, "credit": {"states": 40, "monte_carlo_states": 0}}
 
 
@@ -354,8 +363,8 @@ def copy_weights(weights, parameters):
             parameter.copy_(weight)
 
 
-def fit(model, examples, loss_fn, out, cfg, seed, save, *, label="fit", warmup=0.05, clip=1.0,
-        micro_batch=None, sizes=None, checkpoint_seconds=20.0):
+def fit(model, examples, loss_fn, out, cfg, seed, save, *,
+        label="fit", warmup=0.05, clip=1.0, micro_batch=None, sizes=None, checkpoint_seconds=20.0):
     """Train `model` in place on `examples` and let `save(folder)` write the result to `out`; returns the log, a row a
     step.
 

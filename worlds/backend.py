@@ -94,7 +94,9 @@ def steps_of(topics):
 TOPIC_STEPS = steps_of(TOPICS)
 
 
-LINES = {spec.line(value)[:-1]: (step, value) for step, spec in enumerate(STEPS) for value in range(4)}
+LINES = {}  # a line of code: (step, value)
+for step, spec in enumerate(STEPS):
+    LINES |= {spec.line(value)[:-1]: (step, value) for value in range(4)}
 
 
 # ------------------------------------------------------------------ tasks
@@ -140,7 +142,10 @@ def _request(rng, topic, values, shown):
 
 def _test_cases(rng, topic):
     """Ten calls on lists of 7 to 10 numbers, some of them repeated: enough to tell different functions apart."""
-    inputs = [[rng.randint(-15, 25) for _ in range(rng.randint(4, 7))] for _ in range(10)]
+    inputs = []
+    for _ in range(10):
+        length = rng.randint(4, 7)
+        inputs.append([rng.randint(-15, 25) for _ in range(length)])
     return {f"test{k}": f"tidy_{topic}({row + rng.choices(row, k=3)})" for k, row in enumerate(inputs, 1)}
 
 
@@ -169,7 +174,12 @@ def respond(task, dialogue, rng, asked_step=asked_step):
 def known_steps(dialogue):
     """{step: value} of everything that the human has said so far."""
     said = " ".join(message["content"] for message in dialogue if message["role"] == "user")
-    return {i: v for i, step in enumerate(STEPS) for v in range(4) if step.values[v][0] in said}
+    known = {}
+    for i, step in enumerate(STEPS):
+        for value, (phrase, _) in enumerate(step.values):
+            if phrase in said:
+                known[i] = value
+    return known
 
 
 def judge(task, dialogue, action, asked_step=asked_step):
@@ -215,8 +225,10 @@ def _demonstrate(rng, topic, values, dialogue, turn, reads):
     if reads and rng.random() < 0.8:
         chosen = values
     else:
-        guesses = {s: rng.choices(range(4), VALUE_WEIGHTS)[0] for s in open_steps if rng.random() < 0.1}
-        chosen = {**known, **guesses}
+        chosen = dict(known)
+        for guessed in open_steps:
+            if rng.random() < 0.1:
+                chosen[guessed], = rng.choices(range(4), VALUE_WEIGHTS)
     return f"{ANSWER_MARKER}\n{write_function(topic, chosen)}"
 
 

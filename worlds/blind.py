@@ -89,7 +89,8 @@ class Blind(backend.Backend):
         fixed = ["(values)", ".", ANSWER_MARKER, "\n", "def tidy_", "(values):", "\n    # ", "\n    return values",
                  INSTRUCTIONS.replace("{max_turns}", str(MAX_TURNS)), *REFERENCE_PREFIX.split("{reference}"),
                  backend.LAST_WORDS, backend.SIGNATURE, backend.HINT]
-        texts = [*TOPICS, *backend.OPENERS, *STEMS, *backend.CONSENT, *backend.NO_PREFERENCE, *backend.CONFUSED, *fixed]
+        replies = (*backend.CONSENT, *backend.NO_PREFERENCE, *backend.CONFUSED)
+        texts = [*TOPICS, *backend.OPENERS, *STEMS, *replies, *fixed]
         for name, step in zip(NAMES, STEPS):
             texts += [name, f"\n    {step.before}", step.after]
             for value in step.values:

@@ -12,7 +12,8 @@ def make_tokenizer(texts):
     from transformers import PreTrainedTokenizerFast
     vocab = [("<unk>", -1000.0)] + [(f"<0x{byte:02X}>", -1000.0) for byte in range(256)]
     vocab += [(chr(code), -20.0) for code in range(32, 127) if chr(code) not in texts]
-    core = Tokenizer(models.Unigram(vocab + [(text, -1.0) for text in texts], unk_id=0, byte_fallback=True))
+    vocab += [(text, -1.0) for text in texts]
+    core = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=True))
     core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>", unk_token="<unk>",
