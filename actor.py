@@ -13,7 +13,7 @@ successful trajectories.
 Place in the data flow: base/ + tasks -> `play_out` -> trajectories.jsonl; states -> `sample` -> samples.jsonl;
 candidates.jsonl -> `turn_pairs` -> pairs.jsonl -> `train_preferences` -> actor/.
 Exercised by `python sweet.py rollout`, `python sweet.py actor`; `python -m pytest tests/test_actor.py`.
-Differences from the paper: none in the formula; sizes and step sizes of the small world are in `sweet.py`.
+Differences from the paper: none in the formula; sizes and step sizes are the small world's (below).
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -380,8 +380,8 @@ def preference_loss(model, pairs, beta, nll, batch=None, pair_loss=dpo_loss):
     ref_B = ref_BK.double().sum(-1).to(sums_B.dtype)
     chosen_B, rejected_B = sums_B.split(B)
     loss = pair_loss(chosen_B, rejected_B, *ref_B.split(B), beta)
-    tokens = agent_tokens([pair["chosen"] for pair in batch or pairs])
-    loss = loss - nll * chosen_B.sum() / (B * tokens)
+    mean_tokens = agent_tokens([pair["chosen"] for pair in batch or pairs])
+    loss = loss - nll * chosen_B.sum() / (B * mean_tokens)
     rewards_B = beta * (sums_B - ref_B).detach()  # what DPO calls the implicit reward
     better_B, worse_B = rewards_B.split(B)
     accuracy = (better_B > worse_B).float().mean().item()

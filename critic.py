@@ -130,8 +130,8 @@ def loss_fn(model, pairs, beta, nll, normalize, batch=None, pair_loss=bradley_te
     sums_BK, ref_BK, lengths_BK = pair_logprobs(model, pairs)  # rows: B chosen ones, then B rejected ones
     advantages_BK = turn_advantages(sums_BK, ref_BK, lengths_BK, normalize)
     loss = pair_loss(advantages_BK[:B], advantages_BK[B:], beta)
-    tokens = agent_tokens([pair["chosen"] for pair in batch or pairs])
-    loss = loss - nll * sums_BK[:B].sum() / (B * tokens)
+    mean_tokens = agent_tokens([pair["chosen"] for pair in batch or pairs])
+    loss = loss - nll * sums_BK[:B].sum() / (B * mean_tokens)
     return loss, watch(advantages_BK.detach(), lengths_BK)
 
 
@@ -182,8 +182,8 @@ class BradleyTerry:
         train(model, tokenizer, pairs, out, cfg, run.seed, **run.learning(model, tokenizer))
 
     def score(self, run, states, cfg):
-        """Add `advantage` to every candidate of every state (see `rank`). run: .model(name), .world, .grade, also of
-        the report and of `play`; cfg: the settings above."""
+        """Add `advantage` to every candidate of every state (see `rank`). run, here or of the report or of `play`:
+        .model(name), .path("critic") (what `fit` left), .world, .grade; cfg: the settings above."""
         rank(*run.model("critic"), states, cfg)
 
 

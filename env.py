@@ -341,11 +341,11 @@ def grade(answers, tasks, call_seconds=1.0, answer_seconds=10.0, workers=None):
         raise ValueError(f"{len(answers)} answers to {len(tasks)} tasks: grade wants one task for each answer")
 
     # 1. the programs: each answer and its reference, on the task's calls
-    def program(source, task):
+    def to_run(source, task):
         return source, tuple(task.test_cases.values()), call_seconds, answer_seconds
     pairs = []
     for answer, task in zip(answers, tasks):
-        pairs.append((program(task.ground_truth, task), program(answer, task)))
+        pairs.append((to_run(task.ground_truth, task), to_run(answer, task)))
 
     # 2. run those that have not run before
     new = []
@@ -354,7 +354,7 @@ def grade(answers, tasks, call_seconds=1.0, answer_seconds=10.0, workers=None):
             new.append(program)
     jobs = [(source, calls) for source, calls, _, _ in new]
     _REPORTS.update(zip(new, sandbox.run(jobs, call_seconds, answer_seconds, workers)))
-    for (reference, _), task in dict(zip(pairs, tasks)).items():
+    for (reference, _), task in dict(zip(pairs, tasks)).items():  # each pair once
         if reference in new:
             warn_of_failures(task, _REPORTS[reference])
 

@@ -11,13 +11,13 @@ hidden solution c, to prefer the dialogues that succeeded over those that failed
 one number a turn, the advantage A (Eq. 2 and 3). Sample many turns at one point of a dialogue and let A say which are
 better. Train the *actor*, which never sees c, to prefer the better ones by plain DPO on single turns (Eq. 4).
 
-    A(o_t, a_t, c) = 1/L sum_l [ log pi_theta(a_t^l | o_t, a_t^<l, c) - log pi_ref(a_t^l | o_t, a_t^<l, c) ]     (Eq. 3)
+    A(o_t, a_t, c) = 1/L sum_l [ log pi_critic(a_t^l | o_t, a_t^<l, c) - log pi_ref(a_t^l | o_t, a_t^<l, c) ]    (Eq. 3)
     critic: -log sigmoid( beta [ sum_t A(o_t^+, a_t^+, c) - sum_t A(o_t^-, a_t^-, c) ] )                         (Eq. 2)
-    actor:  -log sigmoid( beta [ log pi(a^+|o)/pi_ref(a^+|o) - log pi(a^-|o)/pi_ref(a^-|o) ] )                   (Eq. 4)
+    actor:  -log sigmoid( beta [ log pi_actor(a^+|o)/pi_ref(a^+|o) - log pi_actor(a^-|o)/pi_ref(a^-|o) ] )       (Eq. 4)
 
 o_t is the dialogue so far, a_t the agent's turn of L tokens, c the reference solution; + marks the better one of a
-pair, - the worse. pi_ref is the model before training. A is divided by L because a sum of log-probs grows with the
-number of tokens: without it the longest turn, the answer, would speak for the whole dialogue.
+pair, - the worse; pi_ref is the model before training, beta how sharply a difference counts. A is divided by L, or the
+longest turn, the answer, would speak for all (Eq. 4 compares single turns). Both losses imitate + a little: nll.
 
 The other files add real models, other humans, baselines and speed; a test holds these functions equal to theirs.
 Shapes: B sequences, T tokens, K turns, V vocabulary. An "example" is (input_ids, turn_ids), two lists of one length:
@@ -218,9 +218,9 @@ def sample_candidates(base, tokenizer, states):
             group["counts"] = list(found.values())
     return groups
 
-def per_token(model, groups, prompt):
+def per_token(model, groups, view):
     """Mean log-prob of a candidate's tokens, for all candidates of all states: one side of Eq. 3."""
-    examples = [one_turn(group[prompt], turn) for group in groups for turn in group["turns"]]
+    examples = [one_turn(group[view], turn) for group in groups for turn in group["turns"]]
     sums = reference_logprobs(model, examples)
     return [row[0] / sum(turn_ids) for row, (_, turn_ids) in zip(sums, examples)]
 
@@ -233,7 +233,7 @@ def turn_pairs(groups, advantages, rng):
         samples = []
         for i, count in enumerate(group["counts"]):
             samples += [i] * count
-        samples.sort(key=lambda i: -mine[i])  # noqa: B023, used at once
+        samples.sort(key=mine.__getitem__, reverse=True)
         half = len(samples) // 2
         better, worse = samples[:half], samples[half:]
         found = dict.fromkeys((a, b) for a in better for b in worse if mine[a] > mine[b])
@@ -246,7 +246,7 @@ def turn_pairs(groups, advantages, rng):
 def main():
     started = time.time()
     torch.manual_seed(seed)
-    torch.set_num_threads(1)  # another number rounds otherwise
+    torch.set_num_threads(1)  # more threads change rounding, and with it the printed numbers
     rng = random.Random(seed)
 
     def say(text):
@@ -264,7 +264,7 @@ def main():
     say(f"initial policy: {solved(base)}")
 
     # 1. offline dialogues, of which only the end is graded
-    tasks = world.make_tasks(n_tasks, seed, "train") * dialogues_per_task
+    tasks = world.make_tasks(n_tasks, seed, "train") * dialogues_per_task  # each task several times
     dialogues, rewards = play(base, tokenizer, tasks, rng)
     say(f"{len(dialogues)} offline dialogues, {rewards.count(1.0)} of them solved")
 
@@ -278,13 +278,13 @@ def main():
     # 3. sixteen candidates at each state: every turn of every dialogue is a state, and some of them are enough here
     states = []
     for env in dialogues:
-        for turn in range(1, len(env.messages), 2):
+        for turn in range(1, len(env.messages), 2):  # odd messages are the agent's turns
             state = (env.task.ground_truth, env.messages[:turn])
             states.append(state)
     groups = sample_candidates(base, tokenizer, rng.sample(states, n_states))
     ref_with_c = per_token(base, groups, "with_c")
     trained = [ours - ref for ours, ref in zip(per_token(critic, groups, "with_c"), ref_with_c)]  # Eq. 3
-    # The untrained critic: what the initial model itself makes of c. How much of the result needs Eq. 2 at all?
+    # The untrained critic, 1/L [log pi_ref(a|o,c) - log pi_ref(a|o)]: how much of the result needs Eq. 2 at all?
     untrained = [ref - without for ref, without in zip(ref_with_c, per_token(base, groups, "prompt"))]
     say(f"{len(trained)} different candidates at {len(groups)} states")
 

@@ -85,7 +85,8 @@ class Dialogue:
                        top_p=top_p, max_tokens=cfg.max_tokens)
         record = {"task": self.task.to_record(), "dialogue_history": self.env.messages, "answer": self.env.answer}
         state = report.agent_states(record)[-1]
-        loaded = SimpleNamespace(model=self.load, world=self.run.world, grade=self.run.grade)
+        loaded = SimpleNamespace(
+            model=self.load, world=self.run.world, grade=self.run.grade, path=self.run.path)
         report.judge_states(loaded, [state], self.run.settings["critic"], cfg.max_tokens)
         if self.env.answer is not None:
             reward, = self.run.grade([self.env.answer], [self.task])

@@ -425,6 +425,9 @@ class RunFolder:
             },
         }
 
+    def path(self, name):
+        return self.own / name
+
     def grade(self, answers, tasks):
         rules = self.settings.get("clip"), self.settings.get("rollout.call_seconds", 1.0)
         return self.world.grader(*rules)(answers, tasks)

@@ -266,16 +266,14 @@ def bench_rollouts():
 
     def every_turn():
         envs, human = begin(), Replies()
-        while envs[0].answer is None:
-            prompts = [render(tokenizer, env.messages)[0] for env in envs]
-            keys = [(i, envs[0].turns) for i in range(16)]
+        while active := [i for i, env in enumerate(envs) if env.answer is None]:
+            actor.ask_human(human, [envs[i] for i in active])
+            prompts = [render(tokenizer, envs[i].messages)[0] for i in active]
+            keys = [(i, envs[i].turns) for i in active]
             with endless():
                 turns = actor.sample(model, tokenizer, prompts, keys, max_tokens=24, memory=Rows(model, padded=True))
-            for env, turn in zip(envs, turns):
-                env.step(actor.turn_text(tokenizer, turn), output_ids=turn)
-            if envs[0].answer is None:
-                for env, reply in zip(envs, human.reply(tasks, [env.messages for env in envs])):
-                    env.observe(reply)
+            for i, turn in zip(active, turns):
+                envs[i].step(tokenizer.decode(turn), output_ids=turn)
         return tokens_of(envs)
 
     def tokens_of(envs):

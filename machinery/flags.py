@@ -30,7 +30,7 @@ class Common:
     stage: str = "all"
     """What to do; --help shows the stages."""
     task: str = "backend"
-    """What to collaborate on: backend (functions), frontend (pages) or module:Class."""
+    """What to collaborate on: backend, frontend (pages), blind or module:Class."""
     run: str = "runs/default"
     """Folder of the run; with --smoke, runs/smoke."""
     seed: int = 0

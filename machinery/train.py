@@ -106,7 +106,7 @@ class Machine:
 # --preset paper: what the paper says, or its official code where it does not. Everything else is the small world's.
 DPO = {"lr": 2e-7, "beta": 0.1, "nll": 0.01, "batch_size": 8}
 PAPER = {
-    "rollout": {"tasks": 10000, "max_turns": 10},
+    "rollout": {"tasks": 10000, "max_turns": 10, "max_tokens": 1024},
     "pairs": {"margin": 0.0, "per_state": 4},
     "critic": {**DPO, "epochs": 4, "normalize": "turn", "rank_against": "c", "reference": True},
     "candidates": {"n": 16},

@@ -2,7 +2,7 @@
 these names and no others.
 
 A world is tasks with a hidden reference, a human who knows it, a reward, and, if it has a small model of its own, a
-demonstrator that this model imitates. `--task backend` and `--task frontend` name the two in this folder; `--task
+demonstrator that this model imitates. `--task backend`, `frontend` and `blind` name those in this folder; `--task
 yourmodule:YourWorld` names yours, made by `YourWorld()`. What a world does not say has a default, which fits ColBench's
 backend: the answer is a Python function, and the reward is the share of its tests that pass.
 
@@ -32,7 +32,7 @@ METHODS = ("base", "RFT", "multi-turn DPO", "SWEET", "SWEET without c")
 
 
 def find_world(spec):
-    """The world that `--task` names: backend | frontend | module:Class. InputError where there is none."""
+    """The world that `--task` names: backend | frontend | blind | module:Class. InputError where there is none."""
     if spec not in KNOWN_WORLDS and ":" not in spec:
         near = difflib.get_close_matches(spec, KNOWN_WORLDS, 1)
         perhaps = f" (perhaps {near[0]})" if near else ""
@@ -53,7 +53,8 @@ class World:
     OPTIONAL = ()                    # fields that a task file of yours may lack
 
     def make_tasks(self, n, seed, split):
-        """n different tasks (env.Task) of a split: train, dev or test, disjoint whatever the seed. Called by `rollout`,
+        """n different tasks (env.Task) of a split, or all that there are: train, dev or test, disjoint whatever the
+        seed. Called by `rollout`,
         `eval`, `credit` and `play` where --tasks and --heldout name no file."""
         raise InputError("this world makes no tasks: give files of them, --tasks and --heldout")
 

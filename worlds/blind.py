@@ -5,7 +5,7 @@ reference. There, 60 % of the questions in front of which the reference stands a
 never trained ranks questions nearly perfectly. Here they are as blind as all others: the base policy can read a
 reference (most of its answers copy it), and which questions are worth a turn can be learned from outcomes alone.
 
-Three things follow from what went wrong on the way (docs/results.md, "A world that can tell"):
+Three things follow from what went wrong on the way (docs/tuning.md, "The blind world"):
 
 - a step has a name, in questions as well as in the code's comments, so that reading c is a matter of finding it;
 - questions are short (three tokens) and answers long (two dozen), as in ColBench: where answers are short, their wrong
