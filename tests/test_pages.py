@@ -568,7 +568,8 @@ def test_a_browser_that_dies_or_hangs_is_replaced(monkeypatch):
     deaf.process.send_signal(signal.SIGSTOP)
     assert deaf.tell(200_000 * b"x", 0.1) is None and deaf.process.wait() == -signal.SIGKILL
     monkeypatch.setattr(browser, "SECONDS", 0.0)
-    page, = browser.render_pages([f"<p>no time for this one {random.random()}</p>"])
+    slow = 2000 * f"<p>no time for this one {random.random()}</p>"  # not drawn before anybody looks at the clock
+    page, = browser.render_pages([slow])
     assert page.boxes == () and "twice" in page.failure
     assert pages.similarity(page, page) == 0.0
     browser.close()

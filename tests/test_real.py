@@ -180,7 +180,8 @@ def test_candidates_from_elsewhere(finished, agent, tmp_path):
     before = (tmp_path / "run/critic/log.json").stat().st_mtime_ns
     sweet("critic", *more)  # which does not depend on the candidates
     assert (tmp_path / "run/critic/log.json").stat().st_mtime_ns == before
-    assert "candidates" in complaint("pairs", *more)
+    other = write_jsonl(tmp_path / "other.jsonl", outside[:2])
+    assert "candidates" in complaint("pairs", *more, "--candidates", other)
 
 
 @pytest.mark.parametrize("candidate", [
@@ -268,7 +269,7 @@ def test_models_that_cannot_talk(tmp_path):
 def test_a_tokenizer_without_pad_or_eos_says_what_stands_in(tmp_path, capsys):
     _, tokenizer = load_model(save_model(tmp_path / "bare", eos=None, pad=None))
     assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert "no eos_token" in printed and "no pad_token" in printed and "<|im_end|>" in printed
 
 
@@ -282,8 +283,6 @@ def test_a_dialogue_that_is_longer_than_the_context(agent, tmp_path):
     check_context(model, 700, "x")
     with pytest.raises(InputError, match="701"):
         check_context(model, 701, "x")
-    with pytest.raises(InputError, match="700"):
-        reference_sums(model, [([1] * 701, [0] * 700 + [1])])
 
 
 def test_an_unreachable_server(agent, tmp_path):
