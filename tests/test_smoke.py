@@ -16,7 +16,7 @@ TASK = Task("double", REFERENCE, {"test1": "f(1)", "test2": "f(-3)", "test3": "f
 def test_one_run_from_start_to_end(tmp_path, capsys):
     """In miniature: every stage leaves its file, and SWEET's pairs are of turns with different advantages."""
     run = tmp_path / "run"
-    program.main(["--smoke", "--run", str(run), "--rollout-tasks", "30",
+    program.main(["--smoke", "--run", str(run), "--base-documents", "5500", "--rollout-tasks", "30",
                   "--candidates-states", "20", "--eval-tasks", "5", "--credit-states", "6",
                   "--credit-monte-carlo-states", "1", "--rft-epochs", "1"])
     pairs = [json.loads(line) for line in (run / "pairs.jsonl").open(encoding="utf-8")]
