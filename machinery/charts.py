@@ -28,6 +28,11 @@ LINES = (
     (BAD, "D", "--"),
     (THIRD, "^", "-."),
     (SOFT, "v", ":"),
+    (GOOD, "P", ":"),
+    (BAD, "X", "-."),
+    (INK, "*", "--"),
+    (THIRD, "p", "-"),
+    (SOFT, "h", "--"),
 )
 STYLE = {
     "svg.fonttype": "none",

@@ -108,7 +108,7 @@ DPO = {"lr": 2e-7, "beta": 0.1, "nll": 0.01, "batch_size": 8}
 PAPER = {
     "rollout": {"tasks": 10000, "max_turns": 10, "max_tokens": 1024},
     "pairs": {"margin": 0.0, "per_state": 4},
-    "critic": {**DPO, "epochs": 4, "normalize": "turn", "rank_against": "c", "reference": True},
+    "critic": {**DPO, "epochs": 4, "kind": "bradley-terry"},
     "candidates": {"n": 16},
     "actor": {**DPO, "epochs": 1},
     "rft": {"lr": 2e-7, "batch_size": 32, "epochs": 4},

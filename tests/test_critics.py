@@ -1,7 +1,6 @@
 """Critics behind one door: each ranks the same candidates, by its own numbers, in a whole run."""
 import copy
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ import report
 import sweet as program
 from machinery.files import InputError
 from machinery.train import save_to
-from studies.critics import Oracle, Untrained, find_critic
+from studies.critics import KNOWN_CRITICS, Oracle, Untrained, find_critic
 from worlds import backend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +48,7 @@ def test_the_oracle_says_what_the_world_knows():
 
 
 @pytest.mark.parametrize("spec, said", [
-    ("untraind", "expected bradley-terry or untrained or imitation or oracle or module:Class (perhaps untrained)"),
+    ("untraind", "or untrained or imitation or oracle or module:Class (perhaps untrained)"),
     ("nowhere:Critic", "No module named 'nowhere'"),
     ("json:JSONDecoder", "JSONDecoder has no method fit(run, out)"),
 ])
@@ -59,12 +58,29 @@ def test_what_is_no_critic_is_one_line(spec, said):
     assert f"--critic {spec}" in str(error.value) and said in str(error.value)
 
 
+@pytest.mark.parametrize("kind, wanted", [
+    ("bradley-terry", (True, "turn", "c")), ("without-c", (False, "turn", "c")), ("sum", (True, "none", "c")),
+    ("trajectory", (True, "trajectory", "c")), ("own", (True, "turn", "own"))])
+def test_what_the_papers_ablations_change(kind, wanted, monkeypatch):
+    """Training and ranking are told the same."""
+    told = []
+    monkeypatch.setattr(critic, "train", lambda *_, reference, normalize, **__: told.append((reference, normalize)))
+    monkeypatch.setattr(critic, "rank", lambda *args: told.append(args[-3:]))
+    run = SimpleNamespace(model=lambda *_, **__: (None, None), settings={"critic": None, "pairs": critic.Pairs()},
+                          seed=0, better_and_worse=lambda *_: [], learning=lambda *_: {})
+    made = find_critic(kind)
+    made.fit(run, None)
+    made.score(run, [], None)
+    assert told == [wanted[:2], wanted]
+
+
 @pytest.mark.slow
-def test_other_critics_rank_the_same_candidates(tmp_path, monkeypatch):
-    """Everything before the critic is shared; a critic of one's own gives what it says, and the report and credit ask
-    it, too."""
-    first = tmp_path / "first"
-    program.main(["--run", str(first), *SMALL])
+def test_critics_lie_beside_each_other(tmp_path, monkeypatch, capsys):
+    """A critic has a folder of its own for what depends on it, and shares the rest, byte by byte; the report, credit
+    and status know of all, and a change of what is shared names them all."""
+    run = tmp_path / "run"
+    program.main(["--run", str(run), *SMALL])
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     (tmp_path / "mine.py").write_text(
         "class Shortest:\n"
         "    def fit(self, run, out):\n"
@@ -74,23 +90,44 @@ def test_other_critics_rank_the_same_candidates(tmp_path, monkeypatch):
         "            for candidate in state['candidates']:\n"
         "                candidate['advantage'] = -float(len(candidate['output_ids']))\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    for kind in ("untrained", "imitation", "oracle", "mine:Shortest"):
-        run = tmp_path / kind.replace(":", "-")
-        shutil.copytree(first, run)
-        program.main(["--run", str(run), *SMALL, "--critic", kind, "--redo", "critic"])
-        rows, before = ([json.loads(line) for line in (folder / "candidates.jsonl").open(encoding="utf-8")]
-                        for folder in (run, first))
-        texts = [[[c["content"] for c in row["candidates"]] for row in rows] for rows in (rows, before)]
+    folders = {kind: run / kind.replace(":", "-") for kind in (*KNOWN_CRITICS, "mine:Shortest")}
+    chosen = ("without-c", "untrained", "imitation", "oracle", "mine:Shortest")
+    for kind in chosen:
+        program.main(["--run", str(run), *SMALL, "--critic", kind])
+        own = {"critic", "candidates.jsonl", "pairs.jsonl", "actor", "eval.jsonl", "credit.json", "credit.jsonl"}
+        kept = {"settings", "settings.json", "seconds.json", "made.json"}
+        assert {path.name for path in folders[kind].iterdir()} == own | kept
+        rows, first = ([json.loads(line) for line in (folder / "candidates.jsonl").open(encoding="utf-8")]
+                       for folder in (folders[kind], run))
+        texts = [[[c["content"] for c in row["candidates"]] for row in rows] for rows in (rows, first)]
         assert texts[0] == texts[1]
         advantages = [c["advantage"] for row in rows for c in row["candidates"]]
-        assert advantages != [c["advantage"] for row in before for c in row["candidates"]]
+        assert advantages != [c["advantage"] for row in first for c in row["candidates"]]
         if kind == "oracle":
             assert set(advantages) == {0.0, 1.0}
         if kind == "mine:Shortest":
             assert advantages == [-float(len(c["output_ids"])) for row in rows for c in row["candidates"]]
-        assert (run / "credit.json").exists() and (run / "report.html").exists()
-        table = report.results_table([run], backend.Backend())
-        assert f"another critic than the paper's: {kind}." in table
+    changed = [path for path, time in before.items() if path.stat().st_mtime_ns != time]
+    assert {path.name for path in changed} == {"report.html", ".lock"}
+    titles = ["SWEET", "SWEET without c", "untrained critic", "imitation critic", "oracle", "mine:Shortest critic"]
+    assert list(report.critics_of(run)) == titles
+    tables = report.results_table([run], backend.Backend())
+    lines = tables.splitlines()
+    for title in titles[1:]:
+        assert sum(line.startswith(f"| {title} ") for line in lines) == 2  # results and credit
+        assert sum(line.startswith(f"| SWEET - {title} ") for line in lines) == 1
+    capsys.readouterr()
+    program.main(["status", "--run", str(run)])
+    said = capsys.readouterr().out
+    assert all(f"{folders[kind]}: " in said for kind in chosen)
+    with pytest.raises(SystemExit) as end:
+        program.main(["--run", str(run), *SMALL, "--rollout-tasks", "31"])
+    assert all(f"{folders[kind]}/pairs.jsonl" in str(end.value) for kind in chosen)
+    with pytest.raises(SystemExit) as end:
+        program.main(["--run", str(run), *SMALL, "--critic-lr", "0.5"])
+    assert "/critic " in str(end.value) and "oracle" not in str(end.value)
+    assert program.open_run(["--run", str(run), "--critic", "oracle"]).settings == \
+        program.open_run(["--run", str(run), *SMALL, "--critic", "oracle"]).settings
 
 
 LOSSES = """
@@ -127,3 +164,11 @@ def test_what_is_no_loss_is_one_line_before_any_work(tmp_path):
         program.main(["--run", str(tmp_path / "run"), "--actor-loss", "actor:nothing"])
     assert "--actor-loss actor:nothing" in str(end.value) and "\n" not in str(end.value)
     assert not (tmp_path / "run/base").exists()
+
+
+def test_a_table_of_unknown_critics_or_of_one_is_refused_before_any_work(tmp_path):
+    for flags, said in ((["--table-critics", "untraind"], "--table-critics untraind: expected "),
+                        (["--critic", "oracle"], "--critic oracle: the table names its critics by --table-critics")):
+        with pytest.raises(SystemExit) as end:
+            program.main(["table", "--run", str(tmp_path / "t"), *flags])
+        assert said in str(end.value) and not list(tmp_path.glob("t/seed*"))
