@@ -28,6 +28,7 @@ import numpy as np
 
 from env import ANSWER_MARKER, Task
 from machinery import charts
+from machinery.bootstrap import interval, resample_weights
 from machinery.files import InputError, clean, note, put_text, read_json
 from machinery.folder import further_critics
 from machinery.schema import evaluation, read_records, trajectory
@@ -97,26 +98,6 @@ def evaluations(root):
             f"{root}: eval.jsonl holds different tasks for different methods; run the stage eval again"
         )
     return found
-
-
-def resample_weights(sizes, resamples=2000, seed=0):
-    """Two-level bootstrap as a matrix: weights_RN @ values_N are the redrawn means, except row 0, the plain mean.
-
-    sizes: number of tasks of each of the S runs. A mean is the mean over runs of the mean over a run's tasks. A run
-    that is drawn k times gets k * n of its n tasks, drawn anew each time: how often each comes is a multinomial.
-    """
-    rng, S = np.random.default_rng(seed), len(sizes)
-    drawn_RS = rng.multinomial(S, [1 / S] * S, size=resamples)
-    counts = [
-        rng.multinomial(drawn_RS[:, s] * n, [1 / n] * n) / (S * n) for s, n in enumerate(sizes)
-    ]
-    plain = np.repeat([1 / (S * n) for n in sizes], sizes)
-    return np.vstack([plain, np.concatenate(counts, axis=1)])
-
-
-def interval(means_R):
-    """(mean, low, high): row 0, and the ends of the middle 95 % of the redrawn means."""
-    return (means_R[0], *np.percentile(means_R[1:], (2.5, 97.5)))
 
 
 def settings_of(root):
