@@ -51,6 +51,8 @@ class Rollout:
     """Sampling temperature of the offline dialogues."""
     call_seconds: float = 1.0
     """Seconds that a test call of an answer may run."""
+    seed: int = arg(0, least=0)
+    """Seed of the training tasks and of their dialogues; 0: --seed."""
 
 
 @dataclass(frozen=True)

@@ -28,46 +28,24 @@ import numpy as np
 
 from env import ANSWER_MARKER, Task
 from machinery import charts
-from machinery.bootstrap import interval, resample_weights
+from machinery.bootstrap import interval
 from machinery.files import InputError, clean, note, put_text, read_json
-from machinery.folder import further_critics
-from machinery.schema import evaluation, read_records, trajectory
+from machinery.schema import read_records, trajectory
 from machinery.train import Machine, load_model
 from studies.credit import label as label_turns
-from studies.critics import KNOWN_CRITICS, find_critic, title_of
+from studies.critics import find_critic
+from studies.results import bracketed, credit_cells, credits_of, critics_of, decoding
+from studies.results import evaluations, markdown, number, summarise
 from worlds import World
 from worlds.backend import Backend
 
-METHODS = ("base", "RFT", "multi-turn DPO", "SWEET")  # and then SWEET with further critics
 SHARED = "rollout samples"  # the stages that SWEET needs after the base policy, whatever the critic
 OWN = "critic candidates pairs actor"  # those that each critic has for itself
 BASELINES = {"base": "", "RFT": "rollout rft", "multi-turn DPO": "rollout multiturn"}
-CREDIT = (
-    ("question", "auc", "states"),
-    ("answer", "auc", "states"),
-    ("monte_carlo", "accuracy", "pairs"),
-)
 OFFLINE = "initial policy, offline"  # the "method" of dialogues that were only rolled out
 PAGE = Path(__file__).resolve().parent / "machinery" / "page"
 FEW = 30  # held-out tasks: on fewer, percentile intervals promise too much
 FULL = 0.3  # nats a token from the middle candidate: from here on a turn has its full colour
-
-
-def number(value, digits=1, sign=""):
-    """A number as text: "-" where there is none, and never a negative zero."""
-    if value is None or not np.isfinite(value):
-        return "-"
-    return f"{round(float(value), digits) + 0.0:{sign}.{digits}f}"
-
-
-def bracketed(found, sign=""):
-    """Mean, low and high as text."""
-    mean, low, high = (number(value, 1, sign) for value in found)
-    return f"{mean} [{low}, {high}]"
-
-
-def decoding(top_p):
-    return "T=1" if top_p == 1 else f"top-p {top_p:g}"
 
 
 def listed(names):
@@ -79,27 +57,6 @@ def listed(names):
 # ------------------------------------------------------------------ did it work?
 
 
-def critics_of(root):
-    """{what tables call SWEET with a critic: the folder of what depends on it}, the run's own first."""
-    known, further = list(KNOWN_CRITICS), further_critics(root)
-    order = sorted(further, key=lambda kind: known.index(kind) if kind in known else len(known))
-    return {"SWEET": root, **{title_of(kind): further[kind] for kind in order}}
-
-
-def evaluations(root):
-    """The evaluated dialogues of a run: {(method, top_p): records in the order of the tasks}, which all share."""
-    found = {}
-    for file in (folder / "eval.jsonl" for folder in critics_of(root).values()):
-        for _, record in read_records(file, evaluation()) if file.exists() else ():
-            found.setdefault((record["method"], record["top_p"]), []).append(record)
-    tasks = {key: [record["task"] for record in records] for key, records in found.items()}
-    if any(tasks[key] != next(iter(tasks.values())) for key in tasks):
-        raise InputError(
-            f"{root}: eval.jsonl holds different tasks for different methods; run the stage eval again"
-        )
-    return found
-
-
 def settings_of(root):
     """{name: value} of everything that the stages of a run were made with, its own critic before others."""
     found = {}
@@ -107,32 +64,6 @@ def settings_of(root):
         for file in sorted(folder.glob("settings/*.json")):
             found |= read_json(file, {})
     return found
-
-
-def summarise(found, world):
-    """{(method, top_p): 1 + R rows (the world's two figures in %, turns)}, and the number of tasks of each run.
-
-    found: `evaluations` of each run. Runs without any are left out; a method counts when all others have it.
-    """
-    found = [evaluated for evaluated in found if evaluated]
-    sizes = [len(next(iter(evaluated.values()))) for evaluated in found]
-    if not found:
-        return {}, sizes
-    weights_RN, means = resample_weights(sizes), {}
-    ways = sorted({top_p for evaluated in found for _, top_p in evaluated}, reverse=True)
-    methods = dict.fromkeys([*METHODS, *(method for evaluated in found for method, _ in evaluated)])
-    for key in [(method, top_p) for method in methods for top_p in ways]:
-        if not all(key in evaluated for evaluated in found):
-            continue
-        rows = []
-        for evaluated in found:
-            records = evaluated[key]
-            for record, base in zip(records, evaluated.get(("base", key[1]), records)):
-                rows.append(
-                    [*world.figures(record, base), len(record["dialogue_history"]) // 2]
-                )
-        means[key] = weights_RN @ np.array(rows)
-    return means, sizes
 
 
 def seconds_of(root, method):
@@ -238,33 +169,19 @@ def results_tables(runs, world, means, sizes):
 
 def credit_tables(runs, world):
     """[(caption, header, rows)] of how often each critic is right: mean over runs, range, number of states or pairs."""
-    rows = []
-    folders = [critics_of(root) for root in runs]
-    for label in dict.fromkeys(label for critics in folders for label in critics):
-        files = [critics[label] / "credit.json" for critics in folders if label in critics]
-        found = [credit for credit in (read_json(file, {}) for file in files) if credit]
-        cells = []
-        for kind, value, count in CREDIT:
-            scores = [
-                credit[kind][value]
-                for credit in found
-                if credit.get(kind, {}).get(value) is not None
-            ]
-            total = f"{sum(credit.get(kind, {}).get(count, 0) for credit in found)} {count}"
-            spread = f"{min(scores):.2f} to {max(scores):.2f}, " if len(scores) > 1 else ""
-            cells.append(f"{np.mean(scores):.2f} ({spread}{total})" if scores else "-")
-        if found:
-            rows.append([label, *cells])
+    found = credits_of(runs)
+    rows = [[label, *credit_cells(credits)] for label, credits in found.items()]
     turn = words_of(world, "question")
     caption = (
         f"AUC: how often a {turn[1]} {turn[0]} (a right answer) has a larger advantage than a {turn[2]} (wrong) one "
-        "there; Monte Carlo: how often a turn has that leads to success more often than another. 0.5: guessing, "
-        "1: perfect."
+        "there; across kinds: a good turn than a bad one of the other kind. Monte Carlo: how often a turn has that "
+        "leads to success more often than another. 0.5: guessing, 1: perfect."
     )
     header = [
         "credit, held-out tasks",
         f"AUC, {turn[0]}s",
         "AUC, answers",
+        "AUC, across kinds",
         "agrees with Monte Carlo",
     ]
     return [(caption, header, rows)] if rows else []
@@ -281,15 +198,8 @@ def results_table(runs, world):
     """The results of one run or of several seeds as Markdown, padded so that it reads well in a terminal too."""
     runs, text = [Path(root) for root in runs], []
     results = results_tables(runs, world, *summarise(map(evaluations, runs), world))
-    for caption, header, rows in results + credit_tables(runs, world):
-        columns = zip(header, *rows)
-        widths = [max(map(len, column)) for column in columns]
-        lines = [header, ["-" * width for width in widths], *rows]
-        text += ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines] + [
-            "",
-            caption,
-            "",
-        ]
+    for table in results + credit_tables(runs, world):
+        text += [markdown(*table), ""]
     return "\n".join(text) or "No results yet: eval.jsonl is made by `python sweet.py eval`.\n"
 
 

@@ -4,6 +4,7 @@
     python sweet.py status              what is done in a run, and what comes next
     python sweet.py play                you are the human
     python sweet.py table               the README's table: several seeds of everything
+    python sweet.py study NAME          critics, best-of-n, data or rounds, over several seeds
 
 Stages hand each other files under runs/NAME/, never hidden state. One that is done is
 skipped, one that was killed goes on where it was. A run remembers its flags; where new
@@ -20,6 +21,7 @@ ones contradict what is there, they are refused.
     eval        eval.jsonl          dialogues of every policy on held-out tasks, graded
     credit      credit.json         is the critic right?
     report      report.html         what there is of a run, on one page
+    best-of-n   best-of-n.jsonl     the critic picks each turn; only if asked for
 """
 import copy
 import dataclasses
@@ -55,12 +57,12 @@ from machinery.folder import closing, critic_folder, flags_given, further_critic
 from machinery.folder import remembering, show_status, to_redo
 from machinery.provenance import remember
 from machinery.reasons import why_no_pair, why_no_success, why_no_turn_pair
-from machinery.seeds import run_seeds
+from machinery.seeds import run_chains
 from machinery.server import Server
 from machinery.settings import Record, check_tasks_given, flat, no_held_out
 from machinery.start import check_start, machine_here, stages_to_do
 from machinery.train import Given, Machine, arg, check_finite, check_states, check_views, load_model, save_to
-from studies import credit
+from studies import best_of_n, credit, study
 from studies.critics import find_critic, title_of
 from worlds import find_world, tiny
 
@@ -106,8 +108,10 @@ GROUPS = {
     "eval": Eval,
     "credit": credit.Credit,
     "table": Table,
+    "study": study.Study,
     "play": play.Play,
 }
+STUDIES = [f"study {name}" for name in study.NAMES]
 METHODS = {"base": "base", "rft": "RFT", "multiturn": "multi-turn DPO", "actor": "SWEET"}
 
 
@@ -154,7 +158,7 @@ class Run:
         return (self.variant if self.is_variant(name) else self.root) / name
 
     def is_variant(self, name):
-        return name.split(".")[0] in ("critic", "candidates", "pairs", "actor", "eval", "credit")
+        return name.split(".")[0] in ("critic", "candidates", "pairs", "actor", "eval", "credit", "best-of-n")
 
     def outputs(self, stage):
         """Where a stage leaves its files: in this run, and with other critics, if that is elsewhere. Nowhere if they
@@ -180,13 +184,13 @@ class Run:
     def human(self):
         return self.world.human(self.given.human, self.settings["human"], self.machine, self.seed)
 
-    def tasks(self, file, group, split):
+    def tasks(self, file, group, split, seed):
         if file:
             return load_tasks(file)[:getattr(self.options, f"{group}.tasks")]
-        return self.world.make_tasks(self.settings[group].tasks, self.seed, split)
+        return self.world.make_tasks(self.settings[group].tasks, seed, split)
 
     def held_out(self):
-        return self.tasks(self.given.heldout, "eval", self.settings["eval"].split)
+        return self.tasks(self.given.heldout, "eval", self.settings["eval"].split, self.seed)
 
     def learning(self, model, tokenizer):
         """What a stage hands on to machinery.train.fit: how to save, and what fits into memory."""
@@ -225,12 +229,13 @@ def stage_base(run):
 
 def stage_rollout(run):
     cfg, human = run.settings["rollout"], run.human()
-    tasks = run.tasks(run.given.tasks, "rollout", "train")
+    seed = cfg.seed or run.seed
+    tasks = run.tasks(run.given.tasks, "rollout", "train", seed)
     model, tokenizer = run.model("base")
     actor.check_tasks(model, tokenizer, tasks, cfg)
 
     def group(part, _):
-        keys = [(run.seed, "rollout", *key) for key in part]
+        keys = [(seed, "rollout", *key) for key in part]
         return actor.play_tasks(model, tokenizer, [tasks[i] for i, _ in part], human, keys, cfg,
                                 temperature=cfg.temperature, **run.rules)
     dialogues = list(itertools.product(range(len(tasks)), range(cfg.per_task)))
@@ -425,6 +430,8 @@ STAGES = {
     "credit": Stage(credit.check, "credit.json", ("critic",), (
         "eval.tasks", "eval.split", "heldout", "candidates.n", "credit.*", *PLAYED)),
     "report": Stage(stage_report, "report.html", ("actor", "rft", "multiturn", "eval", "credit")),
+    "best-of-n": Stage(best_of_n.play, "best-of-n.jsonl", ("critic",), (
+        "eval.tasks", "eval.split", "heldout", *PLAYED)),
 }
 
 
@@ -445,34 +452,57 @@ def run_stage(run, name):
         remember(output.parent, name, time.monotonic() - start)
 
 
-# ------------------------------------------------------------------ table
+# ------------------------------------------------------------------ tables and studies
 
-def table(run, cfg):
-    """The README's table: everything with several seeds from --seed on, and with further critics, under one folder;
-    then one table of all."""
+def several(run, make_chains):
+    """Make all runs of make_chains(seeds) that are not made yet, some side by side (machinery/seeds.py); returns the
+    seeds."""
     if run.variant != run.root:
-        raise InputError(f"--critic {run.settings['critic'].kind}: the table names its critics by --table-critics")
+        raise InputError(f"--critic {run.settings['critic'].kind}: with several seeds, further critics are named by "
+                         "--table-critics or --study-critics")
     words = parser().words(flags_given(run.options))
+    cfg = run.settings["table"]
+    seeds = range(run.seed, run.seed + cfg.seeds)
+    chains = make_chains(seeds)
 
-    def unfinished(folder, extra):
-        here = open_run(["table", *words, f"--run={folder}", *extra])
-        for name in STAGES:
+    def unfinished(own):
+        here = open_run([*words, *own])
+        goal = "report" if here.options.stage == "all" else here.options.stage
+        here.record.check(goal)
+        for name in here.record.needs(goal):
             if not all(output.exists() for output in here.outputs(name)[:1]):
                 return name
+        return ""
     with alone(run.root):
         keep(run)
-    seeds = range(run.seed, run.seed + cfg.seeds)
-    runs = run_seeds([sys.executable, __file__, *words], run.root, seeds, cfg.further, cfg.jobs, unfinished)
-    text = report.results_table(runs, run.world)
+    run_chains([sys.executable, __file__, *words], run.root, chains, cfg.jobs, unfinished)
+    return seeds
+
+
+def table(run):
+    """The README's table: everything with several seeds from --seed on, and with further critics, under one folder;
+    then one table of all."""
+    critics = run.settings["table"].further
+
+    def chains(seeds):
+        return {f"seed{seed}": study.with_critics(f"seed {seed}", study.of_seed(run, seed), critics) for seed in seeds}
+    seeds = several(run, chains)
+    text = report.results_table([run.root / f"seed{seed}" for seed in seeds], run.world)
     print(text)
     put_text(run.root / "table.md", text)
+
+
+def run_study(run, name):
+    """One of studies/study.py."""
+    seeds = several(run, functools.partial(study.chains, run, name))
+    print(study.finish(run, name, seeds, open_run))
 
 
 # ------------------------------------------------------------------ command line
 
 @functools.cache
 def parser():
-    return Flags(__doc__, GROUPS, stage=["all", *STAGES, "play", "table", "status"])
+    return Flags(__doc__, GROUPS, stage=["all", *STAGES, "play", "table", "status", *STUDIES])
 
 
 def settings_of(options, flags=True):
@@ -524,9 +554,20 @@ def open_run(argv):
     return Run(options, settings_of(options))
 
 
+def one_name(argv):
+    """A command line with `study NAME` as one word, as the stages know it."""
+    found = []
+    for word in argv:
+        if found and found[-1] == "study" and word in study.NAMES:
+            found[-1] = f"study {word}"
+        else:
+            found.append(word)
+    return found
+
+
 def main(argv=None):
     forgive(sys.stdin, sys.stdout)
-    options = recall(parser(), sys.argv[1:] if argv is None else argv)
+    options = recall(parser(), one_name(sys.argv[1:] if argv is None else argv))
     with one_line(options), whole_bars():
         if options.stage == "status":
             return show_status(Path(options.run), open_run)
@@ -546,7 +587,9 @@ def begin(run, stage):
     check_start(run, stage, todo)
     run.todo = {name: measured(run, name) for name in STAGES if name in todo}
     if stage == "table":
-        return table(run, run.settings["table"])
+        return table(run)
+    if stage in STUDIES:
+        return run_study(run, stage.removeprefix("study "))
     if stage == "play":
         if not run.path("critic").exists() or not run.path("actor").exists():
             raise InputError(f"{run.root}: holds no trained actor and critic to play with; the same flags without "

@@ -26,9 +26,9 @@ FILE = "settings.json"
 REDO = "redo.json"  # while what --redo removed is made again: the command that does
 # seconds of the stages on two cores, for their proportions
 DEFAULT_RUN = {"base": 73, "rollout": 6, "critic": 17, "samples": 35, "candidates": 9, "pairs": 1, "actor": 55,
-               "rft": 9, "multiturn": 17, "eval": 21, "credit": 65}
+               "rft": 9, "multiturn": 17, "eval": 21, "credit": 65, "best-of-n": 250}
 SMOKE_RUN = {"base": 31, "rollout": 3, "critic": 2, "samples": 1, "candidates": 0.3, "pairs": 0.1, "actor": 0.4,
-             "rft": 0.3, "multiturn": 1, "eval": 4, "credit": 1.5}
+             "rft": 0.3, "multiturn": 1, "eval": 4, "credit": 1.5, "best-of-n": 15}
 OWN = ("stage", "run", "redo", "given", "running")  # what a command does not leave to the next one
 
 

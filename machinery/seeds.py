@@ -1,8 +1,11 @@
-"""One program with several seeds, some of them at a time, and the word of each that failed.
+"""Many runs by one command: several seeds side by side, those of one seed one after the other, and the word of each
+that failed.
 
 Exercised by `python -m pytest tests/test_runs.py`.
 """
+import re
 import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +13,8 @@ from tqdm import tqdm
 
 from machinery.files import InputError
 from machinery.process import alone, passing_on
+
+PASSING = re.compile(r"sweet: (note|\d+ of \d+,)")  # what a run says on its way
 
 
 def failure(command, log, children):
@@ -22,29 +27,32 @@ def failure(command, log, children):
         if not child.wait():
             return None
     lines = log.read_bytes()[begin:].decode(errors="replace").splitlines()
-    said = [line for line in lines if line.startswith("sweet: ") and not line.startswith("sweet: note")]
+    said = [line for line in lines if line.startswith("sweet: ") and not PASSING.match(line)]
     return said[-1].removeprefix("sweet: ") if said else "", child.returncode
 
 
-def run_seeds(command, root, seeds, critics, jobs, unfinished):
-    """Run `command` with each seed, and then with each of the further critics, in a folder of its own under `root`;
-    returns the folders. InputError, when all have ended, with those that failed. unfinished(folder, extra): the first
-    stage of a run that is not done, for a process that ended without a word."""
-    folders, children = {seed: Path(root) / f"seed{seed}" for seed in seeds}, []
+def run_chains(command, root, chains, jobs, unfinished):
+    """Run `command` with the words of each run, `jobs` chains side by side, the runs of a chain in their order.
 
-    def one(seed):
-        for kind in ("", *critics):
-            extra = [f"--critic={kind}"] if kind else []
-            whole = [*command, "--run", str(folders[seed]), "--seed", str(seed), *extra]
-            if failed := failure(whole, Path(f"{folders[seed]}.log"), children):
-                line = failed[0] or f"{unfinished(folders[seed], extra)}: it ended with status {failed[1]}"
-                return f"{' '.join([f'seed {seed}', *extra])}: {line}"
+    chains: {name of a chain, and of its log: {what a run is called: its words}}. unfinished(words): the first stage of
+    a run that is not done, "" where all are: it is not started then. InputError, when all have ended, with the chains
+    that failed.
+    """
+    children, one_at_a_time = [], threading.Lock()
+
+    def one(name):
+        for title, words in chains[name].items():
+            with one_at_a_time:
+                todo = unfinished(words)
+            if todo and (failed := failure([*command, *words], Path(root) / f"{name}.log", children)):
+                with one_at_a_time:
+                    return f"{title}: {failed[0] or f'{unfinished(words)}: it ended with status {failed[1]}'}"
+            bar.update()
         return ""
     Path(root).mkdir(parents=True, exist_ok=True)
-    with alone(root), passing_on(children), ThreadPoolExecutor(jobs) as pool:
-        ended = tqdm(pool.map(one, folders), total=len(folders), desc="seeds")
-        failed = list(filter(None, ended))
+    total = sum(map(len, chains.values()))
+    with alone(root), passing_on(children), ThreadPoolExecutor(jobs) as pool, tqdm(total=total, desc="runs") as bar:
+        failed = list(filter(None, pool.map(one, chains)))
     if failed:
-        raise InputError(f"{root}: no table, {len(failed)} of {len(folders)} seeds failed: {'; '.join(failed)}. The "
+        raise InputError(f"{root}: no table, {len(failed)} of {len(chains)} seeds failed: {'; '.join(failed)}. The "
                          "logs are beside the runs; the same command goes on with what is missing")
-    return list(folders.values())

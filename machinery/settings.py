@@ -38,7 +38,8 @@ def check_tasks_given(given, stage):
     """InputError where a stage needs tasks that the user did not bring; says what is left out for want of them."""
     if given.heldout and not (given.tasks or given.trajectories) and stage not in ("base", "play"):
         raise InputError("--heldout without --tasks or --trajectories: training tasks are missing")
-    if no_held_out(given) and stage in ("eval", "credit", "table", "play"):
+    wanted = stage in ("eval", "credit", "best-of-n", "table", "play") or stage.startswith("study ")
+    if no_held_out(given) and wanted:
         raise InputError(f"--tasks without --heldout: {stage} needs held-out tasks, a ColBench file: --heldout FILE")
     if no_held_out(given) and stage in ("all", "report"):
         note("sweet: note: --tasks without --heldout: held-out tasks are missing, so eval and credit are left out")

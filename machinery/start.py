@@ -15,7 +15,7 @@ from machinery.files import InputError, note
 from machinery.optional import first_line, load
 from machinery.train import check_adapters
 
-DIALOGUES = {"rollout", "eval", "credit"}  # the stages that talk with the human and grade
+DIALOGUES = {"rollout", "eval", "credit", "best-of-n"}  # the stages that talk with the human and grade
 
 
 def stages_to_do(run, stages, stage):
@@ -26,7 +26,8 @@ def stages_to_do(run, stages, stage):
         return set()
     if stage == "table" and os.path.exists(run.root / "table.md"):
         return set()
-    names, found = ["report" if stage in ("all", "table") else stage], set()
+    whole = stage in ("all", "table") or stage.startswith("study ")
+    names, found = ["report" if whole else stage], set()
     while names:
         name = names.pop()
         given = {"base": run.given.model, "rollout": run.given.trajectories}.get(name)
@@ -51,7 +52,7 @@ def check_start(run, stage, todo):
         load(run.settings[group].loss, f"--{group}-loss")
     if todo & {"base", "play", *DIALOGUES}:
         run.world.check_installed(run.given.clip)
-    if stage not in ("table", "play", "report"):
+    if stage not in ("table", "play", "report") and not stage.startswith("study "):
         for name in [*sorted(todo), "report" if stage == "all" else stage]:
             run.record.check(name)  # where files were made with other settings, that is what to say
     if todo and run.given.model:

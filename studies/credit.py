@@ -116,22 +116,30 @@ def area_under_curve(good, bad):
 def agreement_with_labels(states):
     """AUC within a state, averaged over the states that hold good and bad candidates of a kind.
 
-    states: {"candidates": [{"advantage", "kind", "good"}]}. Returns {kind: {"auc", "states"}} for questions and
-    answers.
+    states: {"candidates": [{"advantage", "kind", "good"}]}. Returns {kind: {"auc", "states"}} for questions, for
+    answers and "across": a good question against bad answers, a good answer against bad questions.
     """
+    areas = {"question": [], "answer": [], "across": []}
+    for state in states:
+        sides = {(kind, good): [] for kind in ("question", "answer") for good in (True, False)}
+        for candidate in state["candidates"]:
+            if candidate["kind"] in areas:
+                sides[candidate["kind"], bool(candidate["good"])].append(candidate["advantage"])
+        asked, useless = sides["question", True], sides["question", False]
+        right, wrong = sides["answer", True], sides["answer", False]
+        compared = {
+            "question": [(asked, useless)],
+            "answer": [(right, wrong)],
+            "across": [(asked, wrong), (right, useless)],
+        }
+        for name, pairs in compared.items():
+            found = [area_under_curve(good, bad) for good, bad in pairs if good and bad]
+            if found:
+                areas[name].append(sum(found) / len(found))
     result = {}
-    for kind in ("question", "answer"):
-        areas = []
-        for state in states:
-            good, bad = [], []
-            for candidate in state["candidates"]:
-                if candidate["kind"] == kind:
-                    side = good if candidate["good"] else bad
-                    side.append(candidate["advantage"])
-            if good and bad:
-                areas.append(area_under_curve(good, bad))
-        mean = sum(areas) / len(areas) if areas else None
-        result[kind] = {"auc": mean, "states": len(areas)}
+    for name, found in areas.items():
+        mean = sum(found) / len(found) if found else None
+        result[name] = {"auc": mean, "states": len(found)}
     return result
 
 

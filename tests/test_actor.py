@@ -1,5 +1,6 @@
 """Sampling, playing, pairs, and the measures of agreement."""
 import copy
+import itertools
 import json
 import math
 import random
@@ -457,13 +458,17 @@ def test_agreement_with_labels_is_within_states_and_kinds():
     for kind, found in credit.agreement_with_labels(states).items():
         areas = []
         for state in states:
-            good = [c["advantage"] for c in state["candidates"] if c["kind"] == kind and c["good"]]
-            bad = [c["advantage"] for c in state["candidates"] if c["kind"] == kind and not c["good"]]
-            if good and bad:
-                areas.append(brute_auc(good, bad))
+            by_pair = []
+            for one, other in itertools.product(("question", "answer"), repeat=2):
+                good = [c["advantage"] for c in state["candidates"] if c["kind"] == one and c["good"]]
+                bad = [c["advantage"] for c in state["candidates"] if c["kind"] == other and not c["good"]]
+                if good and bad and kind == (one if one == other else "across"):
+                    by_pair.append(brute_auc(good, bad))
+            if by_pair:
+                areas.append(sum(by_pair) / len(by_pair))
         assert found["auc"] == pytest.approx(sum(areas) / len(areas)) and found["states"] == len(areas) > 5
     empty = credit.agreement_with_labels([{"candidates": []}])
-    assert empty == {"question": {"auc": None, "states": 0}, "answer": {"auc": None, "states": 0}}
+    assert empty == dict.fromkeys(("question", "answer", "across"), {"auc": None, "states": 0})
     # a large offset between states does not count: pairs are compared within a state only
     apart = [{"candidates": [{"advantage": base + x, "kind": "answer", "good": bool(x)} for x in (0, 1)]}
              for base in (0, 100)]

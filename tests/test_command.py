@@ -418,17 +418,17 @@ def test_no_bar_is_torn_by_a_warning(capsys):
 @pytest.mark.slow
 def test_a_table_says_to_each_seed_what_it_was_told(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(program, "run_seeds", lambda command, *args: told.extend([command, *args]) or [tmp_path])
+    monkeypatch.setattr(program, "run_chains", lambda command, *args: told.extend([command, *args]))
     monkeypatch.setattr(program.report, "results_table", lambda *_: "TABLE")
     flags = ["--seeds=2", "--seed=5", "--table-critics=without-c,oracle", "--critic-lr=0.5", "--smoke"]
     assert main("table", "--run", tmp_path / "t", *flags) is None
-    command, root, seeds, critics, jobs, unfinished = told
-    assert (root, list(seeds), critics, jobs) == (tmp_path / "t", [5, 6], ["without-c", "oracle"], 2)
+    command, root, chains, jobs, unfinished = told
+    assert (root, list(chains), jobs) == (tmp_path / "t", ["seed5", "seed6"], 2)
+    assert list(chains["seed6"]) == ["seed 6", "seed 6, without-c", "seed 6, oracle"]
     assert (root / "table.md").read_text() == "TABLE"
     made(root / "seed6", "--critic-lr=0.5", "--smoke", "--seed=6", stages=["base", "rollout"])
-    assert unfinished(root / "seed6", []) == "critic"
-    for extra in ([], ["--critic=oracle"]):
-        line = [*command[2:], "--run", str(tmp_path / "t/seed6"), "--seed", "6", *extra]
-        one = program.open_run(line)
+    assert unfinished(chains["seed6"]["seed 6"]) == "critic"
+    for extra, line in (([], chains["seed6"]["seed 6"]), (["--critic=oracle"], chains["seed6"]["seed 6, oracle"])):
+        one = program.open_run([*command[2:], *line])
         assert (one.seed, one.settings["critic"].lr, one.options.smoke) == (6, 0.5, True)
         assert (one.variant == one.root) == (not extra) and one.root == tmp_path / "t/seed6"

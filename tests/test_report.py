@@ -13,8 +13,10 @@ import torch
 
 import report
 from env import ANSWER_MARKER, render
+from machinery import bootstrap
 from machinery.files import InputError
 from machinery.provenance import commit, provenance
+from studies import results
 from worlds import backend, frontend
 from worlds.backend import make_tasks, make_tokenizer
 
@@ -171,7 +173,7 @@ def brute_force(runs, resamples, seed):
 def test_interval_equals_brute_force(sizes):
     rng = np.random.default_rng(5)
     runs = [(rng.random(n) < 0.3 + 0.15 * s).astype(float) for s, n in enumerate(sizes)]
-    weights = report.resample_weights(sizes, resamples=8000)
+    weights = bootstrap.resample_weights(sizes, resamples=8000)
     assert np.allclose(weights.sum(1), 1)
     mean, low, high = report.interval(weights @ np.concatenate(runs))
     assert mean == pytest.approx(np.mean([run.mean() for run in runs]))
@@ -179,7 +181,7 @@ def test_interval_equals_brute_force(sizes):
 
 
 def test_spread_between_seeds_widens_the_interval():
-    weights = report.resample_weights([50] * 4)
+    weights = bootstrap.resample_weights([50] * 4)
 
     def width(values):
         _, low, high = report.interval(weights @ np.array(values, dtype=float))
@@ -191,7 +193,7 @@ def test_spread_between_seeds_widens_the_interval():
 
 
 def test_bootstrap_is_repeatable():
-    assert np.array_equal(report.resample_weights([5, 6], 50), report.resample_weights([5, 6], 50))
+    assert np.array_equal(bootstrap.resample_weights([5, 6], 50), bootstrap.resample_weights([5, 6], 50))
 
 
 # ------------------------------------------------------------------ the table
@@ -216,7 +218,7 @@ def test_numbers_of_the_table(whole_run):
     assert cells(text, "SWEET - better baseline")[1].startswith("+33.3 [")
     assert cells(text, "SWEET - better baseline")[1].endswith("(RFT)")
     assert "n = 6 held-out tasks, seeds: 1" in text and "tasks only" in text
-    assert credit_cells(text, "SWEET")[1:] == ["0.90 (7 states)", "-", "0.90 (8 pairs)"]
+    assert credit_cells(text, "SWEET")[1:] == ["0.90 (7 states)", "-", "-", "0.90 (8 pairs)"]
     assert credit_cells(text, "SWEET without c")[1] == "0.60 (7 states)"
     for table in text.split("\n\n")[::2]:
         assert len({len(line) for line in table.strip().splitlines()}) == 1  # padded: columns line up in a terminal
@@ -287,7 +289,7 @@ def test_page_holds_every_section(page):
 
 
 def test_the_picker_knows_every_method(page):
-    for k, method in enumerate([*report.METHODS, "SWEET without c"]):
+    for k, method in enumerate([*results.METHODS, "SWEET without c"]):
         assert f'id="method-{k}">{method}</label>' in page
         for end in ("won", "lost"):
             assert f"#method-{k}:checked):has(#end-{end}:checked) .task:not(:has(.method-{k}.{end}))" in page

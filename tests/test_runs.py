@@ -483,7 +483,7 @@ def test_the_message_names_all_that_has_to_go_once(tmp_path):
         assert words[:2] == ["rm", "-r"] and len(set(words)) == len(words)
         named = {str(Path(word).relative_to(tmp_path)) for word in words[2:]}
         own = {"critic", "candidates.jsonl", "pairs.jsonl", "actor", "eval.jsonl"}
-        want = own | {"credit.json", "multiturn.partial"}
+        want = own | {"credit.json", "best-of-n.jsonl", "multiturn.partial"}
         if "--rollout-tasks" in flags:
             want |= {"trajectories.jsonl", "samples.jsonl", "rft"} | {f"without-c/{name}" for name in own}
         assert named - {"report.html"} == want
@@ -633,14 +633,16 @@ def test_a_table_names_the_seed_that_failed_and_why(done, tmp_path):
 
 
 def test_a_seed_whose_process_was_killed_is_named_with_its_stage(tmp_path):
-    def unfinished(folder, extra):
-        return f"stage of {folder.name}{extra}"
+    def unfinished(words):
+        return f"stage of {words}" if "--seed=4" not in words else ""
     dies = [sys.executable, "-c", "import os, sys; '--critic=oracle' in sys.argv and os.kill(os.getpid(), 9)"]
+    chains = {"seed3": {"seed 3": [], "seed 3, oracle": ["--critic=oracle"]}}
     with pytest.raises(InputError) as end:
-        seeds.run_seeds(dies, tmp_path, [3], ["oracle"], 1, unfinished)
-    assert "seed 3 --critic=oracle: stage of seed3['--critic=oracle']: it ended with status -9" in str(end.value)
+        seeds.run_chains(dies, tmp_path, chains, 1, unfinished)
+    assert "seed 3, oracle: stage of ['--critic=oracle']: it ended with status -9" in str(end.value)
     fine = [sys.executable, "-c", "pass"]
-    assert seeds.run_seeds(fine, tmp_path, [3, 4], [], 2, unfinished) == [tmp_path / "seed3", tmp_path / "seed4"]
+    seeds.run_chains(fine, tmp_path, {"seed3": {"seed 3": []}, "seed4": {"seed 4": ["--seed=4"]}}, 2, unfinished)
+    seeds.run_chains(dies, tmp_path, {"seed4": {"seed 4": ["--seed=4", "--critic=oracle"]}}, 2, unfinished)  # is done
 
 
 # ------------------------------------------------------------------ reasons
