@@ -38,11 +38,13 @@ def clean(value, depth=MAX_DEPTH):
     objects are nested too deep.
     """
     if isinstance(value, str):
+        if value.isascii():  # most are; the way through bytes takes longer
+            return value
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if depth == 0:
         raise RecursionError(f"more than {MAX_DEPTH} lists and objects within each other")
     if isinstance(value, list):
-        return [clean(item, depth - 1) for item in value]
+        return [item if type(item) is int else clean(item, depth - 1) for item in value]  # mostly token ids
     if isinstance(value, dict):
         return {clean(name): clean(item, depth - 1) for name, item in value.items()}
     return value
