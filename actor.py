@@ -291,6 +291,15 @@ def check_tasks(model, tokenizer, tasks, cfg, with_c=True):
         check_context(model, len(ids) + cfg.max_tokens, what)
 
 
+def check_states(model, tokenizer, states, names, max_tokens):
+    """InputError, before any work, where a state {"task", "messages"} with c and its longest candidate is too long;
+    where its candidates are not sampled yet, they may have max_tokens."""
+    for state, name in zip(states, names):
+        longest = max((len(c["output_ids"]) for c in state.get("candidates", ())), default=max_tokens)
+        input_ids, _ = render(tokenizer, state["messages"], state["task"]["ground_truth"])
+        check_context(model, len(input_ids) + longest, name)
+
+
 def bare(messages):
     """Messages as a model needs them: without the texts that trajectories keep for the reader."""
     kept = []

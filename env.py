@@ -13,19 +13,15 @@ This file needs no torch. Place in the data flow: tasks.jsonl -> Task -> Dialogu
 ids, and answers -> grade -> rewards. Differences from the paper: none in the protocol; answers run in a sandbox
 (machinery/sandbox.py).
 """
-import copy
-import functools
 import itertools
-import re
 from dataclasses import dataclass, field
-
-from jinja2 import TemplateError
-from tokenizers import AddedToken
 
 from machinery import sandbox, schema
 from machinery.files import InputError as InputError
 from machinery.files import clean, note
 from machinery.program import extract_code as extract_code
+from machinery.template import control_tokens as control_tokens
+from machinery.template import encode_text, end_of_turn, known_ids, scaffold
 
 ANSWER_MARKER = "I WANT TO ANSWER:"
 REFERENCE_PREFIX = "In light that the final answer is: {reference}.\n"  # how the critic reads c: a data format
@@ -146,128 +142,6 @@ class DialogueEnv:
 
 # ------------------------------------------------------------------ render
 
-# Templates that write today's date write this one: the ids of a dialogue must be the same tomorrow.
-FIXED_DATE = ('{% macro strftime_now(form) %}{{ form.replace("%d", "26").replace("%b", "Jul").replace("%B", "July")'
-              '.replace("%m", "07").replace("%Y", "2024") }}{% endmacro %}{{ "" }}')
-
-
-@functools.lru_cache(maxsize=8)
-def _scaffold(tokenizer):
-    """What the chat template writes around messages: before the first one (token ids, text), from the human's to the
-    agent's turn (text, token ids), from the agent's to the human's (token ids, text), and the id of the end of an
-    agent's turn. The texts stand next to the human's message, up to a control token, and are encoded with it.
-
-    The template is rendered once, on two turns with a placeholder for each content, so contents can never be mistaken
-    for template, nor be trimmed or stripped by it. From the human's to the agent's turn is taken at the last turn,
-    because that is what the agent reads when it speaks: some templates write earlier turns in another way.
-    """
-    messages = []
-    for i in range(4):
-        messages.append({"role": ("user", "assistant")[i % 2], "content": f"\ue000{i}\ue001"})
-
-    def pieces(n_messages):
-        """What the template writes before, between and after the first messages."""
-        text = tokenizer.apply_chat_template(
-            messages[:n_messages],
-            chat_template=FIXED_DATE + tokenizer.get_chat_template(),
-            tokenize=False,
-            add_generation_prompt=n_messages % 2 == 1)
-        parts = re.split("\ue000(\\d+)\ue001", text)
-        found, placeholders = parts[::2], parts[1::2]
-        if placeholders != [str(i) for i in range(n_messages)]:
-            raise ValueError("the chat template does not show every message once and in order")
-        return found
-    try:
-        before, _, between, opening, after = pieces(4)
-        prompt = pieces(3)[-1]
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses a dialogue of user and assistant: {error}") from None
-    if opening.rstrip() == prompt.rstrip():
-        opening = prompt  # white space in front of a turn is for the agent to write, or not
-    else:
-        note(f"note: the chat template asks for a turn with {prompt!r} but writes one with {opening!r}: using this")
-    between = between.lstrip()
-    after = after.lstrip() or between
-
-    def encode(text):
-        return tokenizer.encode(text, add_special_tokens=False)
-    _check_ends(tokenizer, encode(before), encode(opening), encode(between), encode(after))
-    _, end = _control_span(tokenizer, before)
-    before = encode(before[:end]), before[end:]
-    start, _ = _control_span(tokenizer, opening)
-    opening = opening[:start], encode(opening[start:])
-    _, end = _control_span(tokenizer, between)
-    between = encode(between[:end]), between[end:]
-    return before, opening, between, encode(after)[0]
-
-
-def _check_ends(tokenizer, before, opening, between, after):
-    """ValueError unless the template's pieces, as token ids, say where the agent's turns end."""
-    control = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    if not after or after[0] not in control:
-        raise ValueError("the chat template ends an agent's turn without a control token that could stop sampling")
-    if between[:1] == after[:1]:  # earlier turns end as the last one does
-        return
-    # or they have no end of their own, and the control token that begins every message ends them
-    begins_a_message = between and between[:1] == opening[:1] and between[0] in control
-    if not begins_a_message or between[0] in before[:2]:
-        raise ValueError("the chat template ends an agent's earlier turns in another way than its last one")
-
-
-def _control_span(tokenizer, piece):
-    """Where the first control token of a piece begins and the last one ends; without one, (its length, 0). White space
-    that a control token takes in belongs to it."""
-    patterns = []
-    for token in sorted(tokenizer.added_tokens_decoder.values(), key=lambda token: -len(token.content)):
-        pattern = re.escape(token.content)
-        if token.lstrip:
-            pattern = r"\s*" + pattern
-        if token.rstrip:
-            pattern += r"\s*"
-        patterns.append(pattern)
-    spans = [match.span() for match in re.finditer("|".join(patterns), piece) if match[0]]
-    if not spans:
-        return len(piece), 0
-    return spans[0][0], spans[-1][1]
-
-
-@functools.lru_cache(maxsize=8)
-def _text_tokenizer(tokenizer):
-    """A copy that takes no text for a control token, neither for a special one nor for one like <think>."""
-    plain = copy.deepcopy(tokenizer)
-    control = [AddedToken(str(token), special=True) for token in tokenizer.added_tokens_decoder.values()]
-    plain.add_tokens(control, special_tokens=True)
-    return plain
-
-
-@functools.lru_cache(maxsize=8)
-def known_ids(tokenizer):
-    """The ids of all tokens. A vocabulary may have gaps, and a model's logits may go on behind it."""
-    return frozenset(tokenizer.get_vocab().values())
-
-
-@functools.lru_cache(maxsize=2 ** 16)
-def encode_text(tokenizer, text):
-    """Token ids of a message's text. What looks like a control token is encoded as text: nobody can forge a turn."""
-    encoded = _text_tokenizer(tokenizer)(clean(text), add_special_tokens=False, split_special_tokens=True)
-    return tuple(encoded.input_ids)
-
-
-def end_of_turn(tokenizer):
-    """The id of the token that the chat template writes right after an agent's turn."""
-    return _scaffold(tokenizer)[-1]
-
-
-@functools.lru_cache(maxsize=8)
-def control_tokens(tokenizer):
-    """The ids of all special tokens but the end of a turn: they have no place in a turn."""
-    control = set(tokenizer.all_special_ids)
-    for token_id, token in tokenizer.added_tokens_decoder.items():
-        if token.special:
-            control.add(token_id)
-    return sorted(control - {end_of_turn(tokenizer)})
-
-
 def action_tokens(tokenizer, message):
     """The token ids of an agent's turn: those that were sampled (`output_ids`), as they are, or else its text and the
     end of turn."""
@@ -295,7 +169,7 @@ def render(tokenizer, messages, reference=None):
     agent read and wrote stays, so that the ids of a dialogue's beginning are the beginning of its ids. ValueError
     where a template cannot be used so.
     """
-    before, (back, opening), between, end = _scaffold(tokenizer)
+    around = scaffold(tokenizer)
     input_ids, turn_ids = [], []
     ended = False  # did the agent end its turn?
     for i, message in enumerate(messages):
@@ -304,14 +178,15 @@ def render(tokenizer, messages, reference=None):
         if message["role"] == "assistant":
             ids = action_tokens(tokenizer, message)
             turn = i // 2 + 1
-            ended = ids[-1:] == [end]
+            ended = ids[-1:] == [around.end]
         else:
-            head, front = before if i == 0 else between
+            control, front = around.first if i == 0 else around.later
             if ended:
-                head = head[1:]  # without the template's own end of turn
+                control = control[1:]  # without the template's own end of turn
             if i == 0 and reference is not None:
                 front += REFERENCE_PREFIX.format(reference=reference)
-            ids = [*head, *encode_text(tokenizer, front + message["content"] + back), *opening]
+            text = encode_text(tokenizer, front + message["content"] + around.opening.text)
+            ids = [*control, *text, *around.opening.ids]
             turn = 0
         input_ids += ids
         turn_ids += [turn] * len(ids)

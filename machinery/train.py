@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from env import end_of_turn, render
 from machinery.bars import note, progress
 from machinery.files import InputError, put, put_text, set_aside
 from machinery.optional import require
+from machinery.template import end_of_turn
 
 
 BARE = ("common", "given", "machine", "table")  # groups whose fields are named without them
@@ -197,15 +197,6 @@ def check_views(model, views, names):
     what each one is, file and line."""
     for (input_ids, _), name in zip(views, names):
         check_context(model, len(input_ids), name)
-
-
-def check_states(model, tokenizer, states, names, max_tokens):
-    """InputError, before any work, where a state {"task", "messages"} with c and its longest candidate is too long;
-    where its candidates are not sampled yet, they may have max_tokens."""
-    for state, name in zip(states, names):
-        longest = max((len(c["output_ids"]) for c in state.get("candidates", ())), default=max_tokens)
-        input_ids, _ = render(tokenizer, state["messages"], state["task"]["ground_truth"])
-        check_context(model, len(input_ids) + longest, name)
 
 
 def check_finite(numbers, what):
