@@ -238,6 +238,8 @@ def play_out(model, tokenizer, envs, human, keys, **decoding):
 def ask_human(human, envs):
     """Let the human reply wherever the agent has asked. InputError where that is not one text, or None, for each."""
     asked = [env for env in envs if env.messages[-1]["role"] == "assistant"]
+    if not asked:
+        return
     tasks = [env.task for env in asked]
     replies = human.reply(tasks, [env.messages for env in asked])
     name = f"{type(human).__name__}.reply()"

@@ -195,58 +195,67 @@ def render(tokenizer, messages, reference=None):
 
 # ------------------------------------------------------------------ reward
 
-_REPORTS = {}  # what each (program, calls) gave: policies repeat their answers, and every answer needs its reference
-
-
-def grade(answers, tasks, call_seconds=1.0, answer_seconds=10.0, workers=None):
+class Grader:
     """The reward of each answer: the share of its task's test calls whose value equals the reference's, as Python's ==
     sees it (1 == 1.0 == True, a tuple is not a list; NaN equals NaN; None never counts). Success means 1.0.
+
+    >>> grader = Grader(call_seconds=1.0)
+    >>> rewards = grader(answers, tasks)    # ValueError when there is not one task for each answer
 
     The program in an answer is found as a person would find it (machinery/program.py): fences, prose and drafts cost
     nothing. A statement at its top level that fails or does not end (an example, a wait for input) is left out, except
     for a `raise`.
 
     Each call sees fresh definitions, the same random and hash seeds for reference and answer, and an empty scratch
-    folder; call_seconds and answer_seconds limit a call and an answer. What has run once is not run again.
-    machinery/sandbox.py runs the programs and says what is contained and what is not: in short, with bubblewrap neither
-    your files nor the network are in reach, without it both are. A reference that fails on a call is reported on
-    stderr; no answer can pass that call. ValueError when there is not one task for each answer.
+    folder; call_seconds and answer_seconds limit a call and an answer. What a grader has run once it does not run
+    again: policies repeat their answers, and every answer needs its reference. machinery/sandbox.py runs the programs
+    and says what is contained and what is not: in short, with bubblewrap neither your files nor the network are in
+    reach, without it both are. A reference that fails on a call is reported on stderr; no answer can pass that call.
     """
-    if len(answers) != len(tasks):
-        raise ValueError(f"{len(answers)} answers to {len(tasks)} tasks: grade wants one task for each answer")
 
-    # 1. the programs: each answer and its reference, on the task's calls
-    def to_run(source, task):
-        return source, tuple(task.test_cases.values()), call_seconds, answer_seconds
-    pairs = []
-    for answer, task in zip(answers, tasks):
-        pairs.append((to_run(task.ground_truth, task), to_run(answer, task)))
+    def __init__(self, call_seconds=1.0, answer_seconds=10.0, workers=None):
+        self.limits = call_seconds, answer_seconds, workers
+        self.reports = {}  # what each (source, calls) gave
 
-    # 2. run those that have not run before
-    new = []
-    for program in dict.fromkeys(itertools.chain.from_iterable(pairs)):
-        if program not in _REPORTS:
-            new.append(program)
-    jobs = [(source, calls) for source, calls, _, _ in new]
-    _REPORTS.update(zip(new, sandbox.run(jobs, call_seconds, answer_seconds, workers)))
-    for (reference, _), task in dict(zip(pairs, tasks)).items():  # each pair once
-        if reference in new:
-            warn_of_failures(task, _REPORTS[reference])
+    def __call__(self, answers, tasks):
+        if len(answers) != len(tasks):
+            raise ValueError(f"{len(answers)} answers to {len(tasks)} tasks: grade wants one task for each answer")
 
-    # 3. compare, call by call
-    rewards = []
-    for reference, answer in pairs:
-        calls = list(zip(_REPORTS[reference], _REPORTS[answer]))
-        passed = [wanted == found and not failed(wanted) for wanted, found in calls]
-        rewards.append(sum(passed) / max(1, len(calls)))
+        # 1. the programs: each answer and its reference, on the task's calls
+        pairs = []
+        for answer, task in zip(answers, tasks):
+            calls = tuple(task.test_cases.values())
+            pairs.append(((task.ground_truth, calls), (answer, calls)))
 
-    # 4. forget what ran out of time or memory, which may do better another time, and what is oldest
-    for program in new:
-        if any(report.startswith("!out") for report in _REPORTS[program]):
-            del _REPORTS[program]
-    for program in list(_REPORTS)[:-100_000]:
-        del _REPORTS[program]
-    return rewards
+        # 2. run those that have not run before
+        new = []
+        for program in dict.fromkeys(itertools.chain.from_iterable(pairs)):
+            if program not in self.reports:
+                new.append(program)
+        self.reports.update(zip(new, sandbox.run(new, *self.limits)))
+        for (reference, _), task in dict(zip(pairs, tasks)).items():  # each pair once
+            if reference in new:
+                warn_of_failures(task, self.reports[reference])
+
+        # 3. compare, call by call
+        rewards = []
+        for reference, answer in pairs:
+            calls = list(zip(self.reports[reference], self.reports[answer]))
+            passed = [wanted == found and not failed(wanted) for wanted, found in calls]
+            rewards.append(sum(passed) / max(1, len(calls)))
+
+        # 4. forget what ran out of time or memory, which may do better another time, and what is oldest
+        for program in new:
+            if any(report.startswith("!out") for report in self.reports[program]):
+                del self.reports[program]
+        for program in list(self.reports)[:-100_000]:
+            del self.reports[program]
+        return rewards
+
+
+def grade(answers, tasks, **limits):
+    """The rewards by a `Grader` that remembers nothing. limits: call_seconds, answer_seconds, workers."""
+    return Grader(**limits)(answers, tasks)
 
 
 def failed(report):

@@ -428,9 +428,9 @@ class RunFolder:
     def path(self, name):
         return self.own / name
 
-    def grade(self, answers, tasks):
-        rules = self.settings.get("clip"), self.settings.get("rollout.call_seconds", 1.0)
-        return self.world.grader(*rules)(answers, tasks)
+    @cached_property
+    def grade(self):
+        return self.world.grader(self.settings.get("clip"), self.settings.get("rollout.call_seconds", 1.0))
 
     def model(self, name):
         """The initial policy ("base"; perhaps the user's own) or the critic, in the run's number format."""
@@ -930,7 +930,7 @@ def dialogues_section(run, found, n):
                 "won": ended[method][i],
                 "turns": turns_of(records[i], run.world),
                 "verdict": run.world.verdict(records[i]),
-                "evidence": run.world.evidence(records[i]),
+                "evidence": run.world.evidence(records[i], run.grade),
             }
             task["dialogues"].append(dialogue)
         tasks.append(task)

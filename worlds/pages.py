@@ -402,7 +402,7 @@ def _thumbnail(picture):
     return f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(small.getvalue()).decode()}'>"
 
 
-def evidence(record, unfolded=False):
+def evidence(record, grade, unfolded=False):
     """Round by round: the picture of the draft beside that of the reference, and how alike they are. Nothing is
     folded here."""
     drafts = [message["content"] for message in record["dialogue_history"] if message["role"] == "assistant"]
@@ -428,7 +428,7 @@ def drawn(text):
     return _thumbnail(page.picture) if page.picture else escape(page.failure)
 
 
-def summary(record):
+def summary(record, grade):
     """What still differs, as lines for a terminal."""
     answer, wish = render_pages([page_source(record["answer"]), record["task"]["ground_truth"]])
     found = differences(answer, wish) if answer.boxes else ["There is nothing to see."]
