@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from env import render
 from machinery.optional import load
+from machinery.schema import task_key
 from machinery.train import arg, check_finite, fit
 from kernels.logprob import add_reference, agent_tokens, lay_out, pair_logprobs, pair_sizes, reference_sums
 from kernels.logprob import turn_logprobs
@@ -101,9 +102,7 @@ def trajectory_pairs(trajectories, per_task, margin, rng):
     """
     by_task = {}
     for trajectory in trajectories:
-        task = trajectory["task"]
-        key = task["problem_description"], task["ground_truth"]  # the same request may hide different solutions
-        by_task.setdefault(key, []).append(trajectory)
+        by_task.setdefault(task_key(trajectory), []).append(trajectory)
 
     def is_better(one, other):
         if margin:

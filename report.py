@@ -29,7 +29,7 @@ import numpy as np
 from env import ANSWER_MARKER, Task
 from machinery import charts
 from machinery.files import InputError, clean, note, put_text, read_json
-from machinery.schema import evaluation, read_records, trajectory
+from machinery.schema import evaluation, read_records, task_key, trajectory
 from machinery.train import Machine, load_model
 from worlds import World
 from worlds.backend import Backend
@@ -469,10 +469,7 @@ def offline_table(run):
     used = np.mean(
         [ANSWER_MARKER in record["dialogue_history"][-1]["content"] for record in records]
     )
-    tasks = {
-        (record["task"]["problem_description"], record["task"]["ground_truth"])
-        for record in records
-    }
+    tasks = set(map(task_key, records))
     header = ["dialogues", "tasks", "turns", "ended with the marker", f"{figure} %"]
     row = [
         f"{len(records)}",
@@ -945,9 +942,7 @@ def shown_dialogues(run, found):
         return {method: found[method, way] for method in METHODS if (method, way) in found}
     file, first = Path(run.settings.get("trajectories") or run.root / "trajectories.jsonl"), {}
     for _, record in read_records(file, trajectory()) if file.exists() else ():
-        first.setdefault(
-            (record["task"]["problem_description"], record["task"]["ground_truth"]), record
-        )
+        first.setdefault(task_key(record), record)
     return {OFFLINE: list(first.values())} if first else {}
 
 

@@ -23,16 +23,16 @@ in front, and there pages lean towards it.
 Exercised by `python -m pytest tests/test_frontend.py`; `python sweet.py --task frontend` runs everything.
 """
 import base64
-import functools
 import random
 import re
 
 from env import ANSWER_MARKER, REFERENCE_PREFIX, Task
 from machinery.files import InputError, note
 from machinery.optional import require
+from machinery.schema import task_key
 from simulator import NO_PREFERENCE, EndpointHuman, Human, make_human
 from worlds import World, pages
-from worlds.browser import find_browser, fonts, render_pages
+from worlds.browser import Browser, find_browser, fonts
 from worlds.pages import COLOUR_WORDS, clip_similarity, differences, load_clip, similarity
 from worlds.source import page_source
 
@@ -47,33 +47,42 @@ NAMED = 1               # differences that the scripted human names in one reply
 
 # ------------------------------------------------------------------ the reward
 
-@functools.lru_cache(maxsize=100_000)
-def _similarity(answer, reference, clip):
-    one, other = render_pages([answer, reference], pictures=bool(clip))
-    if not clip or not one.boxes or not other.boxes:
-        return similarity(one, other)
-    return clip_similarity(one, other, clip)
-
-
-@functools.lru_cache(maxsize=100_000)
-def _check(where, reference):
-    """Say, once, that nothing can look like a reference that shows nothing."""
-    page, = render_pages([reference])
-    if not page.boxes:
-        why = page.failure or "there is nothing to see"
-        note(f"{where}: broken task: its reference cannot be drawn: {why}")
-
-
-def grade(answers, tasks, clip=None):
+class PageGrader:
     """The reward of each answer: how much its page looks like the task's reference, 0 (nothing to see) to 1 (alike).
     clip: a model whose cosine is used in the place of boxes and colours. A reference that shows nothing is reported on
-    stderr; every answer to it is worth 0."""
-    pairs = [(page_source(answer), task.ground_truth) for answer, task in zip(answers, tasks)]
-    if not clip:
-        render_pages([source for pair in pairs for source in pair])  # all at once: two workers
-    for task in tasks:
-        _check(task.where, task.ground_truth)
-    return [_similarity(*pair, clip) for pair in pairs]
+    stderr, once; every answer to it is worth 0."""
+
+    def __init__(self, browser, clip=None):
+        self.browser = browser
+        self.clip = clip
+        self.rewards = {}  # of each (page, reference): policies repeat their answers
+        self.seen = set()  # references
+
+    def __call__(self, answers, tasks):
+        pairs = [(page_source(answer), task.ground_truth) for answer, task in zip(answers, tasks)]
+        if not self.clip:
+            self.browser.render([source for pair in pairs for source in pair])  # all at once: two workers
+        for pair, task in zip(pairs, tasks):
+            if task.ground_truth not in self.seen:
+                self.seen.add(task.ground_truth)
+                warn_of_nothing(self.browser, task)
+            if pair not in self.rewards:
+                self.rewards[pair] = self.reward(*pair)
+        return [self.rewards[pair] for pair in pairs]
+
+    def reward(self, answer, reference):
+        one, other = self.browser.render([answer, reference], pictures=bool(self.clip))
+        if not self.clip or not one.boxes or not other.boxes:
+            return similarity(one, other)
+        return clip_similarity(one, other, self.clip)
+
+
+def warn_of_nothing(browser, task):
+    """Say that nothing can look like a reference that shows nothing."""
+    page, = browser.render([task.ground_truth])
+    if not page.boxes:
+        why = page.failure or "there is nothing to see"
+        note(f"{task.where}: broken task: its reference cannot be drawn: {why}")
 
 
 def check_installed(clip):
@@ -86,18 +95,13 @@ def check_installed(clip):
         load_clip(clip)
 
 
-def grader(clip, call_seconds):
-    """grade(answers, tasks) -> rewards, by the measure that the command line names."""
-    return functools.partial(grade, clip=clip or None)
-
-
 def successes(trajectories):
     """What RFT imitates: the best dialogues of each task."""
-    best, kept = {}, list(trajectories)
-    for t in kept:
-        key = (t["task"]["problem_description"], t["task"]["ground_truth"])
-        best[key] = max(best.get(key, 0.0), t["reward"])
-    return [t for t in kept if t["reward"] == best[t["task"]["problem_description"], t["task"]["ground_truth"]] > 0]
+    found, best = list(trajectories), {}
+    for trajectory in found:
+        task = task_key(trajectory)
+        best[task] = max(best.get(task, 0.0), trajectory["reward"])
+    return [trajectory for trajectory in found if trajectory["reward"] == best[task_key(trajectory)] > 0]
 
 
 # ------------------------------------------------------------------ the human
@@ -110,20 +114,23 @@ LOOK = ("A designer is making a web page for you. This is how the designer's pag
 NO_PAGE = "I cannot see a page yet, please show me one."
 
 
-@functools.lru_cache(maxsize=100_000)
-def _reply(draft, wish):
-    draft, wish = render_pages([draft, wish])
-    return " ".join(differences(draft, wish)[:NAMED]) or RIGHT if draft.boxes else NO_PAGE
-
-
 class PageHuman(Human):
     """Looks at the draft and at the page in mind, both drawn, and names the most outstanding difference."""
 
+    def __init__(self, browser):
+        self.browser = browser
+        self.said = {}  # to each (draft, page in mind)
+
     def reply(self, tasks, dialogues):
-        drafts = [page_source(dialogue[-1]["content"]) for dialogue in dialogues]
-        wishes = [task.hidden_information for task in tasks]
-        render_pages(drafts + wishes)
-        return [_reply(draft, wish)[:1000] for draft, wish in zip(drafts, wishes)]
+        pairs = []
+        for task, dialogue in zip(tasks, dialogues):
+            pairs.append((page_source(dialogue[-1]["content"]), task.hidden_information))
+        drawn = self.browser.render([source for pair in pairs for source in pair])
+        for pair, draft, wish in zip(pairs, drawn[::2], drawn[1::2]):
+            if pair not in self.said:
+                differs = " ".join(differences(draft, wish)[:NAMED])
+                self.said[pair] = (differs or RIGHT)[:1000] if draft.boxes else NO_PAGE
+        return [self.said[pair] for pair in pairs]
 
 
 class EndpointPageHuman(EndpointHuman):
@@ -131,27 +138,33 @@ class EndpointPageHuman(EndpointHuman):
 
     silence = RIGHT
 
+    def __init__(self, url, cfg, browser):
+        super().__init__(url, cfg)
+        self.browser = browser
+
     def reply(self, tasks, dialogues):
-        replies = [NO_PAGE] * len(tasks)
-        asked = [i for i, d in enumerate(dialogues) if render_pages([page_source(d[-1]["content"])], True)[0].boxes]
-        for i, text in zip(asked, super().reply([tasks[i] for i in asked], [dialogues[i] for i in asked])):
-            replies[i] = text
-        return replies
+        drafts = self.browser.render([page_source(dialogue[-1]["content"]) for dialogue in dialogues])
+        asked = [i for i, draft in enumerate(drafts) if draft.boxes]
+        texts = super().reply([tasks[i] for i in asked], [dialogues[i] for i in asked])
+        found = dict(zip(asked, texts))
+        return [found.get(i, NO_PAGE) for i in range(len(tasks))]
 
     def conversation(self, task, dialogue):
-        pages = render_pages([page_source(dialogue[-1]["content"]), task.hidden_information], pictures=True)
-        draft_url, wish_url = ({"type": "image_url", "image_url": {
-            "url": "data:image/png;base64," + base64.b64encode(page.picture).decode()}} for page in pages)
+        sources = [page_source(dialogue[-1]["content"]), task.hidden_information]
+        pictures = []
+        for page in self.browser.render(sources, pictures=True):
+            url = "data:image/png;base64," + base64.b64encode(page.picture).decode()
+            pictures.append({"type": "image_url", "image_url": {"url": url}})
         words = [{"type": "text", "text": text} for text in LOOK]
-        return [{"role": "user", "content": [words[0], draft_url, words[1], wish_url, words[2]]}]
+        return [{"role": "user", "content": [words[0], pictures[0], words[1], pictures[1], words[2]]}]
 
 
-def human(spec, server, machine, seed):
+def find_human(spec, server, browser):
     """The human that `--human` names: scripted | URL | module:Class. InputError for one who cannot see."""
     if spec == "scripted":
-        return PageHuman()
+        return PageHuman(browser)
     if spec.startswith(("http://", "https://")):
-        return EndpointPageHuman(spec, server)
+        return EndpointPageHuman(spec, server, browser)
     if ":" in spec:
         return make_human(spec)
     raise InputError(f"--human {spec}: a local language model cannot see pages; expected scripted, the URL "
@@ -288,9 +301,10 @@ def phrases():
     return list(dict.fromkeys(texts))
 
 
-def documents(n, seed):
-    """Dialogues of the demonstrator: a list of (messages, reference or None), a reference in half of them."""
-    rng, human = random.Random(f"page documents {seed}"), PageHuman()
+def documents(n, seed, human):
+    """Dialogues of the demonstrator with a PageHuman: a list of (messages, reference or None), a reference in half of
+    them."""
+    rng = random.Random(f"page documents {seed}")
     out, live, instructions = [], [], INSTRUCTIONS.replace("{max_turns}", str(MAX_TURNS))
     for _ in range(n):
         values = guess(rng)  # any style goes with any topic here: the base policy cannot learn the house styles
@@ -350,18 +364,33 @@ class Frontend(World):
         "credit": {"states": 100, "monte_carlo_states": 6, "monte_carlo_rollouts": 16},
     }
     make_tasks = staticmethod(make_tasks)
-    human = staticmethod(human)
-    grader = staticmethod(grader)
     check_installed = staticmethod(check_installed)
     successes = staticmethod(successes)
     phrases = staticmethod(phrases)
-    documents = staticmethod(documents)
     judge = staticmethod(judge)
     known_share = staticmethod(known_share)
     headers = staticmethod(pages.headers)
     figures = staticmethod(pages.figures)
     verdict = staticmethod(pages.verdict)
     brief = staticmethod(pages.brief)
-    evidence = staticmethod(pages.evidence)
-    drawn = staticmethod(pages.drawn)
-    summary = staticmethod(pages.summary)
+
+    def __init__(self):
+        self.browser = Browser()  # it keeps what it has drawn
+
+    def human(self, spec, server, machine, seed):
+        return find_human(spec, server, self.browser)
+
+    def grader(self, clip, call_seconds):
+        return PageGrader(self.browser, clip)
+
+    def documents(self, n, seed):
+        return documents(n, seed, PageHuman(self.browser))
+
+    def evidence(self, record, grade, unfolded=False):
+        return pages.evidence(self.browser, record)
+
+    def drawn(self, text):
+        return pages.drawn(self.browser, text)
+
+    def summary(self, record, grade):
+        return pages.summary(self.browser, record)
