@@ -1,8 +1,8 @@
 """Charts as SVG text, drawn by matplotlib from plain numbers. They know nothing of SWEET.
 
 A chart must read well on a light and on a dark page, so it is drawn in the placeholder colours of `COLOURS`, and each
-of them becomes a CSS variable of the page that holds the chart. `standalone` brings the variables along, for a picture
-in a README. Text stays text, in the page's font. The same numbers give the same bytes.
+of them becomes a CSS variable of the page that holds the chart. docs/pictures.py brings the variables along, for a
+picture in the README. Text stays text, in the page's font. The same numbers give the same bytes.
 
 Exercised by `python -m pytest tests/test_report.py`.
 """
@@ -95,16 +95,6 @@ def inline(svg, title):
     for placeholder, (name, *_) in COLOURS.items():
         svg = svg.replace(placeholder, f"var({name})")
     return svg
-
-
-def standalone(svg):
-    """A chart as a file of its own, which follows the theme of whoever looks at it."""
-    style = (
-        f":root{{{variables(1)}font-family:system-ui,sans-serif}}"
-        f"@media(prefers-color-scheme:dark){{:root{{{variables(2)}}}}}"
-    )
-    head, rest = svg.split(">", 1)
-    return f"{head}><style>{style}</style>{rest}"
 
 
 def legend_above(axes, **more):
@@ -248,32 +238,21 @@ def curves(title, lines, x_label, y_label, steps=False):
 
 
 def smooth(values):
-    """Running mean over a fifteenth of the curve; what is not finite is left out."""
+    """Running mean over a fifteenth of the curve."""
     window = np.ones(max(1, len(values) // 15))
-    finite = np.isfinite(values)
-    total = np.convolve(np.where(finite, values, 0), window, "same")
-    count = np.convolve(finite.astype(float), window, "same")
-    unknown = np.full(len(values), np.nan)
-    return np.divide(total, count, out=unknown, where=count > 0.5)
+    total = np.convolve(values, window, "same")
+    return total / np.convolve(np.ones(len(values)), window, "same")
 
 
 def training(title, lines):
-    """{name: one value a step}: a strong running mean over the faint values."""
+    """{name: one value a step, as an array}: a strong running mean over the faint values."""
 
     def paint(axes):
         for (colour, _, dashes), (name, values) in zip(LINES, lines.items()):
-            values = np.asarray(values, dtype=float)
             steps = np.arange(1, len(values) + 1)
-            axes.plot(
-                steps,
-                np.where(np.isfinite(values), values, np.nan),
-                color=colour,
-                alpha=0.25,
-                linewidth=0.7,
-            )
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
             axes.plot(steps, smooth(values), dashes, color=colour, linewidth=1.6, label=name)
-        finite = np.concatenate([np.asarray(values, dtype=float) for values in lines.values()])
-        low, high = np.percentile(finite[np.isfinite(finite)], (1, 99))
+        low, high = np.percentile(np.concatenate(list(lines.values())), (1, 99))
         axes.set_ylim(low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6)
         axes.set_title(title)
         axes.set_xlabel("step")
