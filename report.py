@@ -33,9 +33,10 @@ from machinery.schema import evaluation, read_records, task_key, trajectory
 from machinery.train import Machine, load_model
 from studies.credit import label
 from studies.critics import find_critic
-from worlds import METHODS, World
+from worlds import World
 from worlds.backend import Backend
 
+METHODS = ("base", "RFT", "multi-turn DPO", "SWEET", "SWEET without c")
 SWEET = "rollout critic samples candidates pairs actor"  # the stages that a method needs after the base policy
 STAGES = dict(zip(METHODS, ("", "rollout rft", "rollout multiturn", SWEET, SWEET)))
 FOLDERS = {
@@ -49,6 +50,7 @@ CREDIT = (
 )
 OFFLINE = "initial policy, offline"  # the "method" of dialogues that were only rolled out
 PAGE = Path(__file__).resolve().parent / "machinery" / "page"
+SAMPLED = 16  # turns of the initial policy that a turn is compared with
 FEW = 30  # held-out tasks: on fewer, percentile intervals promise too much
 FULL = 0.3  # nats a token from the middle candidate: from here on a turn has its full colour
 
@@ -113,15 +115,13 @@ def interval(means_R):
     return (means_R[0], *np.percentile(means_R[1:], (2.5, 97.5)))
 
 
-def settings_of(root, own=None):
-    """{name: value} of everything that the stages of a run were made with. own: the folder whose values count where
-    they differ with and without c."""
-    folders = [root / folder for folder in FOLDERS.values()]
-    found = {}
-    for folder in [*folders, own or folders[-1]]:
-        for file in sorted(folder.glob("settings/*.json")):
-            found |= read_json(file, {})
-    return found
+def settings_of(root):
+    """{name: value} of everything that the stages of a run were made with."""
+    folders = [root / folder / "settings" for folder in FOLDERS.values()]
+    found = [
+        read_json(file, {}) for folder in folders for file in sorted(folder.glob("*.json"))
+    ]
+    return {name: value for settings in found for name, value in settings.items()}
 
 
 def summarise(found, world):
@@ -419,7 +419,10 @@ class RunFolder:
 
     @cached_property
     def settings(self):
-        return settings_of(self.root, self.own)
+        found = settings_of(self.root)
+        for file in sorted(self.own.glob("settings/*.json")):
+            found |= read_json(file, {})
+        return found
 
     def path(self, name):
         return self.own / name
@@ -676,7 +679,7 @@ def credit_section(run, found):
         shares = [(f"{run.world.KNOWN}, %.", header, rows)]
         if len(turns) > 1:
             title = f"{run.world.KNOWN}, by turn"
-            figures.insert(0, (title, charts.curves(title, known, "turn", "%", steps=True)))
+            figures.insert(0, (title, charts.curves(title, known, "turn", "%")))
     return {
         "figures": figures,
         "tables": shares + checked,
@@ -812,20 +815,20 @@ def agent_states(record):
     ]
 
 
-def judge_states(run, states, cfg, max_tokens, rows=512, n=16):
-    """`compare` the turn of each state with n turns of the initial policy there: adds "judged", and "candidates", of
-    which the turn itself is the last.
+def judge_states(run, states, cfg, max_tokens, rows=512):
+    """`compare` the turn of each state with SAMPLED turns of the initial policy there: adds "judged", and "candidates",
+    of which the turn itself is the last.
 
     run: .model(name), .world and .grade; cfg: a critic.Critic; rows: turns that are sampled side by side.
     """
     policy, tokenizer = run.model("base")
-    size = max(1, rows // n)
+    size = max(1, rows // SAMPLED)
     for i in range(0, len(states), size):
         part = states[i : i + size]
         keys = [
             ("report", [message["content"] for message in state["messages"]]) for state in part
         ]
-        actor.sample_candidates(policy, tokenizer, part, keys, n, max_tokens)
+        actor.sample_candidates(policy, tokenizer, part, keys, SAMPLED, max_tokens)
         for state in part:
             state["turn"]["output_ids"] = action_tokens(tokenizer, state["turn"])
             state["candidates"].append(state["turn"])

@@ -273,8 +273,8 @@ class Tree:
             owners[r] += [branch + 1] * len(tokens)
             last.append((r, len(ids[r]) - 1))
         device = self.model.device
-        ids_RC = _pad(ids, 0).to(device)
-        owner_RC = _pad(owners, -1).to(device)
+        ids_RC = pad_rows(ids, 0).to(device)
+        owner_RC = pad_rows(owners, -1).to(device)
         row_B, column_B = torch.tensor(last, device=device).T
         inputs = self.inputs(ids_RC, owner_RC)
         if head_is_plain(self.model):
@@ -317,9 +317,9 @@ class Tree:
                 layers[i] = None
 
 
-def _pad(rows, value):
+def pad_rows(rows, value):
     """Lists of whole numbers -> one tensor, padded on the right."""
-    tensors = [torch.tensor(row) for row in rows]
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value)
 
 

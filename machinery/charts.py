@@ -10,6 +10,7 @@ Exercised by `python -m pytest tests/test_report.py`.
 import io
 import re
 from html import escape
+from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +22,7 @@ COLOURS = {  # placeholder: (CSS variable, its value on a light page and on a da
     "#050505": ("--bad", "#c4570c", "#f29a52"),
     "#060606": ("--third", "#3d8a58", "#77c493"),
 }
-INK, SOFT, RULE, GOOD, BAD, THIRD = COLOURS
+INK, SOFT, _, GOOD, BAD, THIRD = COLOURS
 LINES = (
     (GOOD, "o", "-"),
     (INK, "s", "-"),
@@ -29,30 +30,7 @@ LINES = (
     (THIRD, "^", "-."),
     (SOFT, "v", ":"),
 )
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "charts",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": SOFT,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.6,
-    "xtick.color": RULE,
-    "xtick.labelcolor": SOFT,
-    "ytick.color": RULE,
-    "ytick.labelcolor": SOFT,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-    "legend.fontsize": 8.5,
-}
+STYLE = Path(__file__).with_name("page") / "charts.mplstyle"
 WIDTH = 3.8  # inches: about the width of a telephone, so that text keeps its size there
 
 
@@ -64,12 +42,10 @@ def variables(column):
 def draw(title, height, paint, columns=(1,), width=WIDTH):
     """One chart as an <svg> element. title: what it shows, in words, for those who cannot see it; paint(axes, ...)
     draws on as many axes as `columns` has relative widths."""
-    from matplotlib import (
-        rc_context,
-    )  # late: it takes half a second, and most commands draw nothing
+    from matplotlib import rc_context  # late: it takes half a second, and most commands draw nothing
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
+    with rc_context(fname=STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         paint(*figure.subplots(1, len(columns), width_ratios=columns, squeeze=False)[0])
         file = io.StringIO()
@@ -87,9 +63,7 @@ def inline(svg, title):
         svg,
         flags=re.DOTALL,
     )
-    svg = re.sub(
-        r'<g id="[^"]*"', "<g", svg
-    )  # several charts on one page would repeat these names
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # several charts on one page would repeat these names
     svg = svg.replace("xlink:href", "href")
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" {box} role="img" aria-label="{escape(title)}">{svg}'
     for placeholder, (name, *_) in COLOURS.items():
@@ -201,37 +175,24 @@ def points(title, groups, x_label, y_label):
     """A point for each pair. groups: {name: (xs, ys)}."""
 
     def paint(axes):
-        for (colour, marker, _), (name, (xs, ys)) in zip(
-            (LINES[0], LINES[2], LINES[4]), groups.items()
-        ):
-            axes.plot(
-                xs,
-                ys,
-                marker,
-                color=colour,
-                label=f"{name} ({len(xs)})",
-                markersize=4,
-                alpha=0.6,
-                mew=0,
-            )
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        for (colour, marker, _), (name, (xs, ys)) in zip(LINES[::2], groups.items()):
+            label = f"{name} ({len(xs)})"
+            axes.plot(xs, ys, marker, color=colour, label=label, markersize=4, alpha=0.6, mew=0)
+        axes.set(xlabel=x_label, ylabel=y_label)
         legend_above(axes)
 
     return draw(title, 2.9, paint)
 
 
-def curves(title, lines, x_label, y_label, steps=False):
-    """Lines through their points: {name: (xs, ys)}, y from 0 on. steps: the xs are whole numbers, each one named."""
+def curves(title, lines, x_label, y_label):
+    """Lines through their points: {name: (xs, ys)}, y from 0 on. The xs are whole numbers, each one named."""
 
     def paint(axes):
         for (colour, marker, dashes), (name, (xs, ys)) in zip(LINES, lines.items()):
             axes.plot(xs, ys, dashes, color=colour, marker=marker, markersize=4.5, label=name)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        if steps:
-            axes.set_xticks(sorted({x for xs, _ in lines.values() for x in xs}))
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set_xticks(sorted({x for xs, _ in lines.values() for x in xs}))
         legend_above(axes, ncols=3 if len(lines) > 4 else 2)
 
     return draw(title, 2.9, paint)
