@@ -31,7 +31,7 @@ from machinery import charts
 from machinery.files import InputError, clean, note, put_text, read_json
 from machinery.schema import evaluation, read_records, task_key, trajectory
 from machinery.train import Machine, load_model
-from studies.credit import label
+from studies.credit import label as label_turns
 from studies.critics import find_critic
 from worlds import World
 from worlds.backend import Backend
@@ -599,7 +599,7 @@ def sixteen(run):
     pairs = list(own_records(run.own / "pairs.jsonl"))
     states = with_pairs(states, pairs, run.settings.get("pairs.per_state", 2))
     found = choose_states(states, run.world)
-    label([state for _, state in found], run.world.judge, run.grade)
+    label_turns([state for _, state in found], run.world.judge, run.grade)
     shown = []
     for title, state in found:
         rows, half = ranked(state, run.world)

@@ -25,6 +25,7 @@ Exercised by `python -m pytest tests/test_frontend.py`; `python sweet.py --task 
 import base64
 import random
 import re
+from typing import NamedTuple
 
 from env import ANSWER_MARKER, REFERENCE_PREFIX, Task
 from machinery.files import InputError, note
@@ -181,7 +182,22 @@ P_HOUSE = 0.9    # a task keeps to each of them with this probability
 P_SAID = 0.12    # a request names a slot with this probability
 P_EARLY = 0.04   # the demonstrator answers before the last turn with this probability, though something is wrong
 CARDS = "".join(f"<div style='padding:70px;background:#4b505a;color:white'>{word}</div>" for word in ("A", "B", "C"))
-SLOTS = (  # what comes before the value; for each value: how it is written, how a request says it, words that tell it
+
+
+class Option(NamedTuple):
+    """A value of a slot: how a page has it, how a request says it, and a pattern of the words that tell it."""
+    html: str
+    said: str
+    pattern: str
+
+
+class Slot(NamedTuple):
+    """A part of a page: what stands before its value, and its values."""
+    before: str
+    options: list
+
+
+SLOTS = [Slot(before, [Option(*option) for option in options]) for before, options in (
     ("<html><body style='display:flex;flex-direction:column;gap:12px;margin:0;font-family:sans-serif;background:", (
         ("#ffffff'>", "The page background should be white.", "background should be white"),
         ("#fef3b4'>", "The page background should be light yellow.", "background should be light yellow"),
@@ -209,15 +225,18 @@ SLOTS = (  # what comes before the value; for each value: how it is written, how
         ("background:#148c8c'>Bye</footer>", "The footer should be teal.", "footer should be teal|teal footer"),
         ("background:#f5821e'>Bye</footer>", "The footer should be orange.", "footer should be orange|orange footer"),
         ("display:none'></footer>", "There should be no footer.", "no footer"))),
-)
+)]
 END = "</body></html>"
 
 
 def _house_styles():
     """For each topic, {slot: value} of its house style. A fact of the world, the same for every seed."""
     rng = random.Random("house styles")
-    return {topic: {slot: rng.randrange(len(SLOTS[slot][1])) for slot in sorted(rng.sample(range(len(SLOTS)), HOUSE))}
-            for topic in TOPICS}
+    styles = {}
+    for topic in TOPICS:
+        slots = sorted(rng.sample(range(len(SLOTS)), HOUSE))
+        styles[topic] = {slot: rng.randrange(len(SLOTS[slot].options)) for slot in slots}
+    return styles
 
 
 HOUSE_STYLES = _house_styles()
@@ -225,28 +244,40 @@ HOUSE_STYLES = _house_styles()
 
 def write_page(values):
     """Source of the page with these values, one a slot."""
-    return "".join(before + options[value][0] for (before, options), value in zip(SLOTS, values)) + END
+    parts = [slot.before + slot.options[value].html for slot, value in zip(SLOTS, values)]
+    return "".join(parts) + END
 
 
 def read_page(source):
     """The values of a page of this world, or None for any other."""
-    found = [next((v for v, (written, *_) in enumerate(options) if before + written in source), None)
-             for before, options in SLOTS]
-    return None if None in found or write_page(found) != source.strip() else tuple(found)
+    values = []
+    for slot in SLOTS:
+        found = [v for v, option in enumerate(slot.options) if slot.before + option.html in source]
+        if not found:
+            return None
+        values.append(found[0])
+    return tuple(values) if write_page(values) == source.strip() else None
 
 
 def known_values(dialogue):
     """{slot: value} of everything that the human has said so far, the last word on each."""
     known = {}
     for message in dialogue[::2]:
-        for slot, (_, options) in enumerate(SLOTS):
-            said = [v for v, (*_, words) in enumerate(options) if re.search(words, message["content"])]
-            known |= {slot: said[0]} if said else {}
+        for s, slot in enumerate(SLOTS):
+            said = [v for v, option in enumerate(slot.options) if re.search(option.pattern, message["content"])]
+            if said:
+                known[s] = said[0]
     return known
 
 
 def guess(rng):
-    return [rng.randrange(len(options)) for _, options in SLOTS]
+    return [rng.randrange(len(slot.options)) for slot in SLOTS]
+
+
+def say_some(rng, values):
+    """What a request says of a page."""
+    said = [f" {slot.options[value].said}" for slot, value in zip(SLOTS, values) if rng.random() < P_SAID]
+    return "".join(said)
 
 
 def make_tasks(n, seed, split="train"):
@@ -256,7 +287,7 @@ def make_tasks(n, seed, split="train"):
         topic, values = rng.choice(TOPICS), guess(rng)
         for slot, value in HOUSE_STYLES[topic].items():
             values[slot] = value if rng.random() < P_HOUSE else values[slot]
-        said = "".join(f" {SLOTS[s][1][v][1]}" for s, v in enumerate(values) if rng.random() < P_SAID)
+        said = say_some(rng, values)
         draw, opener = random.Random(f"split {topic} {values}").random(), rng.choice(OPENERS)
         if split == ("train" if draw < 0.5 else "dev" if draw < 0.7 else "test"):
             tasks.setdefault((topic, *values), Task(f"{opener}{topic}.{said}", write_page(values)))
@@ -296,8 +327,8 @@ def phrases():
              "heading \"Welcome\"", "footer",
              " at the top", " in the middle", " at the bottom", "at the top", "in the middle", "at the bottom",
              "one under the other", "2 side by side", "3 side by side", *COLOUR_WORDS]
-    for before, options in SLOTS:
-        texts += [before, *(written for written, *_ in options)]
+    for slot in SLOTS:
+        texts += [slot.before, *(option.html for option in slot.options)]
     return list(dict.fromkeys(texts))
 
 
@@ -308,7 +339,7 @@ def documents(n, seed, human):
     out, live, instructions = [], [], INSTRUCTIONS.replace("{max_turns}", str(MAX_TURNS))
     for _ in range(n):
         values = guess(rng)  # any style goes with any topic here: the base policy cannot learn the house styles
-        said = "".join(f" {SLOTS[s][1][v][1]}" for s, v in enumerate(values) if rng.random() < P_SAID)
+        said = say_some(rng, values)
         request = f"{instructions}{rng.choice(OPENERS)}{rng.choice(TOPICS)}.{said}"
         reads, task = rng.random() < 0.5, Task(request, write_page(values))
         out.append(([{"role": "user", "content": request}], task.ground_truth if reads else None))
@@ -326,7 +357,12 @@ def documents(n, seed, human):
 def _demonstrate(rng, dialogue, turn, reads):
     """One turn of the imperfect demonstrator; reads: the values of the reference, when it has looked at it."""
     last = read_page(dialogue[-2]["content"]) if turn > 1 else None
-    answers = rng.random() < (0.98 if turn == MAX_TURNS else 0.9 if dialogue[-1]["content"] == RIGHT else P_EARLY)
+    p_answer = P_EARLY
+    if turn == MAX_TURNS:
+        p_answer = 0.98
+    elif dialogue[-1]["content"] == RIGHT:
+        p_answer = 0.9
+    answers = rng.random() < p_answer
     values, known = guess(rng), known_values(dialogue)
     for slot in range(len(SLOTS)):
         if reads and rng.random() < (0.85 if answers else 0.6):
