@@ -13,13 +13,12 @@ the better one should have the larger sum of advantages; the sum's gradient find
 
 Place in the data flow: trajectories.jsonl -> `trajectory_pairs` -> `train` -> critic/; samples.jsonl -> `rank` ->
 candidates.jsonl. Exercised by `python sweet.py critic` and `python -m pytest tests/test_losses.py`. Differences from
-the paper: none in the formulas. Flags give the paper's ablations (no c, sum instead of mean) and the official code's
-single mean over the trajectory.
+the paper: none in the formulas. `BradleyTerry` is the paper's critic; its ablations (no c, sum instead of mean), the
+official code's ways and critics of other kinds are in studies/critics.py, one `--critic NAME` each.
 
 Shapes: B trajectories, K turns.
 """
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +44,9 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Critic:
-    """The critic's training (Eq. 2) and how its advantage is computed (Eq. 3)."""
+    """Which critic, and its training (Eq. 2)."""
     kind: str = arg("bradley-terry", flag="critic")
-    """Which critic: bradley-terry, untrained, imitation, oracle or module:Class."""
+    """Which critic: a name in studies/critics.py, or module:Class."""
     lr: float = 1e-3
     """Learning rate."""
     loss: str = "critic:bradley_terry_loss"
@@ -60,12 +59,6 @@ class Critic:
     """Trajectory pairs a step."""
     epochs: int = 3
     """Passes over the pairs."""
-    normalize: Literal["turn", "none", "trajectory"] = "turn"
-    """Length normalisation of A: turn, none or trajectory."""
-    rank_against: Literal["c", "own"] = "c"
-    """pi_ref reads the reference when ranking (c), or not (own, as the official code)."""
-    reference: bool = arg(True, flag="reference")
-    """The critic reads the reference; --no-reference: it does not."""
 
 
 # ------------------------------------------------------------------ Eq. 2 and 3
@@ -148,26 +141,34 @@ def watch(advantages_BK, lengths_BK):
             "margin_answers": (answer_B[:B] - answer_B[B:]).mean().item()}
 
 
-def train(model, tokenizer, pairs, out, cfg, seed, save, **how):
-    """Fit the critic, starting from `model`, which is also pi_ref: its log-probs are taken before the first step."""
+def train(model, tokenizer, pairs, out, cfg, seed, save, reference=True, normalize="turn", **how):
+    """Fit the critic, starting from `model`, which is also pi_ref: its log-probs are taken before the first step.
+    reference, normalize: as `BradleyTerry` has them."""
     examples = []
     for better, worse in pairs:
-        chosen = critic_view(tokenizer, better, cfg.reference)
-        rejected = critic_view(tokenizer, worse, cfg.reference)
+        chosen = critic_view(tokenizer, better, reference)
+        rejected = critic_view(tokenizer, worse, reference)
         examples.append({"chosen": chosen, "rejected": rejected})
     add_reference(model, examples)
 
     pair_loss = load(cfg.loss, "--critic-loss")
 
     def loss(model, part, batch):
-        return loss_fn(model, part, cfg.beta, cfg.nll, cfg.normalize, batch, pair_loss)
+        return loss_fn(model, part, cfg.beta, cfg.nll, normalize, batch, pair_loss)
     sizes = pair_sizes(examples)
     return fit(model, examples, loss, out, cfg, seed, save, label="critic", sizes=sizes, **how)
 
 
 class BradleyTerry:
     """The paper's critic, and what any other one needs: `fit`, once, and `score`, wherever turns are ranked.
-    `--critic module:Class` runs yours, made by `Class()`; studies/critics.py has others."""
+    `--critic module:Class` runs yours, made by `Class()`; studies/critics.py has others.
+
+    reference: whether it reads c. normalize: over what A is a mean (`turn_advantages`). rank_against: what pi_ref reads
+    when turns are ranked, the same as the critic ("c"), or never the reference ("own", as in the official code).
+    """
+    reference = True
+    normalize = "turn"
+    rank_against = "c"
 
     def fit(self, run, out):
         """Learn from the offline dialogues; leave what was learned in the folder `out`. run (sweet.Run): .model(name,
@@ -176,14 +177,16 @@ class BradleyTerry:
         cfg = run.settings["critic"]
 
         def view(trajectory):
-            return critic_view(tokenizer, trajectory, cfg.reference)
+            return critic_view(tokenizer, trajectory, self.reference)
         pairs = run.better_and_worse(run.settings["pairs"].per_task, model, tokenizer, view)
-        train(model, tokenizer, pairs, out, cfg, run.seed, **run.learning(model, tokenizer))
+        how = run.learning(model, tokenizer)
+        train(model, tokenizer, pairs, out, cfg, run.seed,
+              reference=self.reference, normalize=self.normalize, **how)
 
     def score(self, run, states, cfg):
         """Add `advantage` to every candidate of every state (see `rank`). run, here or of the report or of `play`:
         .model(name), .path("critic") (what `fit` left), .world, .grade; cfg: the settings above."""
-        rank(*run.model("critic"), states, cfg)
+        rank(*run.model("critic"), states, self.reference, self.normalize, self.rank_against)
 
 
 # ------------------------------------------------------------------ ranking
@@ -220,21 +223,21 @@ def score_reference(model, tokenizer, states):
         candidate["ref_sum_without_c"] = total
 
 
-def rank(model, tokenizer, states, cfg):
-    """Add `advantage` (Eq. 3) to every candidate turn of every state.
+def rank(model, tokenizer, states, reference=True, normalize="turn", rank_against="c"):
+    """Add `advantage` (Eq. 3) to every candidate turn of every state; the last three as `BradleyTerry` has them.
 
     states: {"task", "messages", "candidates": [{"output_ids", "ref_sum", "ref_sum_without_c"}]}. From text to number
     this is the path that training took. A single turn has no trajectory to take a mean over: normalize "trajectory"
     ranks by the turn's mean.
     """
-    against_c = cfg.reference and cfg.rank_against == "c"
+    against_c = reference and rank_against == "c"
     ref_key = "ref_sum" if against_c else "ref_sum_without_c"
-    scored = candidate_sums(model, tokenizer, states, cfg.reference)
+    scored = candidate_sums(model, tokenizer, states, reference)
     sums_N = torch.tensor([total for _, total in scored])
     ref_N = torch.tensor([candidate[ref_key] for candidate, _ in scored])
     lengths_N = torch.tensor([float(len(candidate["output_ids"])) for candidate, _ in scored])
-    normalize = "none" if cfg.normalize == "none" else "turn"
-    advantages_N1 = turn_advantages(sums_N[:, None], ref_N[:, None], lengths_N[:, None], normalize)
+    of_turn = "none" if normalize == "none" else "turn"
+    advantages_N1 = turn_advantages(sums_N[:, None], ref_N[:, None], lengths_N[:, None], of_turn)
     advantages = advantages_N1.squeeze(-1).tolist()
     check_finite(advantages, model.name_or_path)
     for (candidate, _), advantage in zip(scored, advantages):
@@ -242,10 +245,10 @@ def rank(model, tokenizer, states, cfg):
 
 
 @torch.no_grad()
-def judge_turns(trained, initial, trajectory, cfg):
+def judge_turns(trained, initial, trajectory):
     """The advantage of each turn of one trajectory. trained: (critic, tokenizer); initial: the model that is pi_ref."""
     model, tokenizer = trained
-    batch = lay_out(model, [critic_view(tokenizer, trajectory, cfg.reference)])
+    batch = lay_out(model, [critic_view(tokenizer, trajectory)])
     sums_BK, lengths_BK = turn_logprobs(model, batch)
     ref_BK, _ = turn_logprobs(initial, batch)
-    return turn_advantages(sums_BK, ref_BK, lengths_BK, cfg.normalize)[0].tolist()
+    return turn_advantages(sums_BK, ref_BK, lengths_BK)[0].tolist()

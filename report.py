@@ -28,21 +28,20 @@ import actor
 import critic
 from env import ANSWER_MARKER, Task, action_tokens
 from machinery import charts
+from machinery.bootstrap import interval, resample_weights
 from machinery.files import InputError, clean, note, put_text, read_json
+from machinery.folder import further_critics
 from machinery.schema import evaluation, read_records, task_key, trajectory
 from machinery.train import Machine, load_model
 from studies.credit import label as label_turns
-from studies.critics import find_critic
+from studies.critics import KNOWN_CRITICS, find_critic, title_of
 from worlds import World
 from worlds.backend import Backend
 
-METHODS = ("base", "RFT", "multi-turn DPO", "SWEET", "SWEET without c")
-SWEET = "rollout critic samples candidates pairs actor"  # the stages that a method needs after the base policy
-STAGES = dict(zip(METHODS, ("", "rollout rft", "rollout multiturn", SWEET, SWEET)))
-FOLDERS = {
-    "with c": "",
-    "without c": "no-reference",
-}  # under a run; without c, what follows the critic is its own
+METHODS = ("base", "RFT", "multi-turn DPO", "SWEET")  # and then SWEET with further critics
+SHARED = "rollout samples"  # the stages that SWEET needs after the base policy, whatever the critic
+OWN = "critic candidates pairs actor"  # those that each critic has for itself
+BASELINES = {"base": "", "RFT": "rollout rft", "multi-turn DPO": "rollout multiturn"}
 CREDIT = (
     ("question", "auc", "states"),
     ("answer", "auc", "states"),
@@ -81,10 +80,17 @@ def listed(names):
 # ------------------------------------------------------------------ did it work?
 
 
+def critics_of(root):
+    """{what tables call SWEET with a critic: the folder of what depends on it}, the run's own first."""
+    known, further = list(KNOWN_CRITICS), further_critics(root)
+    order = sorted(further, key=lambda kind: known.index(kind) if kind in known else len(known))
+    return {"SWEET": root, **{title_of(kind): further[kind] for kind in order}}
+
+
 def evaluations(root):
     """The evaluated dialogues of a run: {(method, top_p): records in the order of the tasks}, which all share."""
     found = {}
-    for file in (root / folder / "eval.jsonl" for folder in FOLDERS.values()):
+    for file in (folder / "eval.jsonl" for folder in critics_of(root).values()):
         for _, record in read_records(file, evaluation()) if file.exists() else ():
             found.setdefault((record["method"], record["top_p"]), []).append(record)
     tasks = {key: [record["task"] for record in records] for key, records in found.items()}
@@ -95,33 +101,13 @@ def evaluations(root):
     return found
 
 
-def resample_weights(sizes, resamples=2000, seed=0):
-    """Two-level bootstrap as a matrix: weights_RN @ values_N are the redrawn means, except row 0, the plain mean.
-
-    sizes: number of tasks of each of the S runs. A mean is the mean over runs of the mean over a run's tasks. A run
-    that is drawn k times gets k * n of its n tasks, drawn anew each time: how often each comes is a multinomial.
-    """
-    rng, S = np.random.default_rng(seed), len(sizes)
-    drawn_RS = rng.multinomial(S, [1 / S] * S, size=resamples)
-    counts = [
-        rng.multinomial(drawn_RS[:, s] * n, [1 / n] * n) / (S * n) for s, n in enumerate(sizes)
-    ]
-    plain = np.repeat([1 / (S * n) for n in sizes], sizes)
-    return np.vstack([plain, np.concatenate(counts, axis=1)])
-
-
-def interval(means_R):
-    """(mean, low, high): row 0, and the ends of the middle 95 % of the redrawn means."""
-    return (means_R[0], *np.percentile(means_R[1:], (2.5, 97.5)))
-
-
 def settings_of(root):
-    """{name: value} of everything that the stages of a run were made with."""
-    folders = [root / folder / "settings" for folder in FOLDERS.values()]
-    found = [
-        read_json(file, {}) for folder in folders for file in sorted(folder.glob("*.json"))
-    ]
-    return {name: value for settings in found for name, value in settings.items()}
+    """{name: value} of everything that the stages of a run were made with, its own critic before others."""
+    found = {}
+    for folder in reversed(critics_of(root).values()):
+        for file in sorted(folder.glob("settings/*.json")):
+            found |= read_json(file, {})
+    return found
 
 
 def summarise(found, world):
@@ -135,7 +121,8 @@ def summarise(found, world):
         return {}, sizes
     weights_RN, means = resample_weights(sizes), {}
     ways = sorted({top_p for evaluated in found for _, top_p in evaluated}, reverse=True)
-    for key in [(method, top_p) for method in METHODS for top_p in ways]:
+    methods = dict.fromkeys([*METHODS, *(method for evaluated in found for method, _ in evaluated)])
+    for key in [(method, top_p) for method in methods for top_p in ways]:
         if not all(key in evaluated for evaluated in found):
             continue
         rows = []
@@ -151,14 +138,13 @@ def summarise(found, world):
 
 def seconds_of(root, method):
     """Seconds of all stages that a method needs, NaN where one was not timed."""
-    shared, own = (read_json(root / folder / "seconds.json", {}) for folder in FOLDERS.values())
-    without_c = (
-        {"critic", "candidates", "pairs", "actor"} if method == "SWEET without c" else ()
-    )
-    return sum(
-        (own if stage in without_c else shared).get(stage, np.nan)
-        for stage in STAGES[method].split()
-    )
+    shared = read_json(root / "seconds.json", {})
+    if method in BASELINES:
+        return sum(shared.get(stage, np.nan) for stage in BASELINES[method].split())
+    own = read_json(critics_of(root)[method] / "seconds.json", {})
+    seconds = [shared.get(stage, np.nan) for stage in SHARED.split()]
+    seconds += [own.get(stage, np.nan) for stage in OWN.split()]
+    return sum(seconds)
 
 
 def leads(means, methods, ways):
@@ -186,7 +172,8 @@ def results_caption(runs, means, sizes, ways, figure):
         f"over {over}. {figure.capitalize()}, turns: {decoding(ways[-1])}. Seconds: all stages after the base "
         f"policy ({base:.0f})."
     )
-    kind = settings_of(runs[0]).get("critic.kind", "bradley-terry")
+    made = read_json(runs[0] / "settings/critic.json", {})
+    kind = made.get("critic.kind", "bradley-terry")
     if kind != "bradley-terry":
         caption += f" The row SWEET ranks by another critic than the paper's: {kind}."
     if any(np.ptp(mean_R3[:, 0]) == 0 for mean_R3 in means.values()):
@@ -215,7 +202,7 @@ def results_tables(runs, world, means, sizes):
                 number(second),
                 number(turns, 2),
                 number(seconds, 0),
-                world.PAPER[method],
+                world.PAPER.get(method, "-"),
             ]
         )
         more.append([method, *(bracketed(interval(mean_R3[:, 1])) for mean_R3 in by_way)])
@@ -253,9 +240,10 @@ def results_tables(runs, world, means, sizes):
 def credit_tables(runs, world):
     """[(caption, header, rows)] of how often each critic is right: mean over runs, range, number of states or pairs."""
     rows = []
-    for label, folder in FOLDERS.items():
-        found = [read_json(root / folder / "credit.json", {}) for root in runs]
-        found = [credit for credit in found if credit]
+    folders = [critics_of(root) for root in runs]
+    for label in dict.fromkeys(label for critics in folders for label in critics):
+        files = [critics[label] / "credit.json" for critics in folders if label in critics]
+        found = [credit for credit in (read_json(file, {}) for file in files) if credit]
         cells = []
         for kind, value, count in CREDIT:
             scores = [
@@ -267,7 +255,7 @@ def credit_tables(runs, world):
             spread = f"{min(scores):.2f} to {max(scores):.2f}, " if len(scores) > 1 else ""
             cells.append(f"{np.mean(scores):.2f} ({spread}{total})" if scores else "-")
         if found:
-            rows.append([f"critic {label}", *cells])
+            rows.append([label, *cells])
     turn = words_of(world, "question")
     caption = (
         f"AUC: how often a {turn[1]} {turn[0]} (a right answer) has a larger advantage than a {turn[2]} (wrong) one "
@@ -348,7 +336,7 @@ def sentences(means, n, figure, order):
         if parts:
             text.append(f"{opening} {'; '.join(parts)}.")
     return text + paper_order(
-        means, ways[-1], [method for method in methods if order[method] is not None], order
+        means, ways[-1], [method for method in methods if order.get(method)], order
     )
 
 
@@ -388,7 +376,7 @@ def first_screen(run, found):
     rows = {}
     for method in methods:
         intervals = [interval(means[method, p][:, 0]) for p in ways]
-        rows[method] = intervals, order[method]
+        rows[method] = intervals, order.get(method)
     title = f"{figure} by method, with 95 % intervals"
     chart = charts.intervals(
         title, rows, list(map(decoding, ways)), f"{figure}, %", "paper (8B)"
@@ -405,8 +393,8 @@ def first_screen(run, found):
 
 @dataclass
 class RunFolder:
-    """The files of a run, and what it takes to judge turns as the run did. Of what depends on whether the critic reads
-    c, those without c stand in where there are no others."""
+    """The files of a run, and what it takes to judge turns as the run did. Where its own critic is not there, the first
+    of the others stands in."""
 
     root: Path
     world: World = field(default_factory=Backend)
@@ -414,7 +402,7 @@ class RunFolder:
 
     @cached_property
     def own(self):
-        folders = [self.root / folder for folder in FOLDERS.values()]
+        folders = critics_of(self.root).values()
         return next((folder for folder in folders if (folder / "critic").exists()), self.root)
 
     @cached_property
@@ -760,10 +748,7 @@ def choose_tasks(ended, n):
     ended: {method: [success of each task]}. The first task is one that SWEET solves and the base policy does not.
     """
     count = len(next(iter(ended.values())))
-    subject = next(
-        (method for method in ("SWEET", "SWEET without c") if method in ended),
-        next(iter(ended)),
-    )
+    subject = "SWEET" if "SWEET" in ended else next(iter(ended))
     order = sorted(
         range(count),
         key=lambda i: not (ended[subject][i] and not ended.get("base", [False] * count)[i]),
@@ -912,7 +897,7 @@ def shown_dialogues(run, found):
     task. found: the run's evaluations."""
     if found:
         way = min(top_p for _, top_p in found)
-        return {method: found[method, way] for method in METHODS if (method, way) in found}
+        return {method: records for (method, top_p), records in found.items() if top_p == way}
     first = {}
     for record in run.offline():
         first.setdefault(task_key(record), record)
@@ -925,12 +910,12 @@ def shown_dialogues(run, found):
 def provenance_section(run, defaults):
     """What made the run: commands, code and machines of the stages, their seconds, the settings."""
     made, spent = {}, {}
-    for label, folder in FOLDERS.items():
-        mark = "" if label == "with c" else " (without c)"
-        for stage, origin in read_json(run.root / folder / "made.json", {}).items():
+    for label, folder in critics_of(run.root).items():
+        mark = "" if folder == run.root else f" ({label})"
+        for stage, origin in read_json(folder / "made.json", {}).items():
             same = tuple((key, text) for key, text in origin.items() if key != "date")
             made.setdefault(same, []).append((origin.get("date", "unknown"), stage + mark))
-        for stage, seconds in read_json(run.root / folder / "seconds.json", {}).items():
+        for stage, seconds in read_json(folder / "seconds.json", {}).items():
             spent[stage + mark] = seconds
     origins = []
     for same, stages in made.items():

@@ -51,7 +51,8 @@ from machinery import schema
 from machinery.bars import note, whole_bars
 from machinery.files import InputError, JsonlWriter, forgive, put_text, write_groups
 from machinery.flags import Flags, read_settings
-from machinery.folder import closing, flags_given, keep, measured, place, recall, remembering, show_status, to_redo
+from machinery.folder import closing, critic_folder, flags_given, further_critics, keep, measured, place, recall
+from machinery.folder import remembering, show_status, to_redo
 from machinery.provenance import remember
 from machinery.reasons import why_no_pair, why_no_success, why_no_turn_pair
 from machinery.seeds import run_seeds
@@ -60,7 +61,7 @@ from machinery.settings import Record, check_tasks_given, flat, no_held_out
 from machinery.start import check_start, machine_here, stages_to_do
 from machinery.train import Given, Machine, arg, check_finite, check_views, load_model, save_to
 from studies import credit
-from studies.critics import find_critic
+from studies.critics import find_critic, title_of
 from worlds import find_world, tiny
 
 
@@ -82,6 +83,12 @@ class Table:
     """Number of seeds."""
     jobs: int = 2
     """Seeds that run at the same time."""
+    critics: str = arg("without-c,untrained,oracle", flag="table-critics")
+    """Critics that the table has beside SWEET's: KIND[,KIND], or nothing."""
+
+    @property
+    def further(self):
+        return [kind for kind in self.critics.split(",") if kind]
 
 
 GROUPS = {
@@ -118,11 +125,16 @@ class Run:
         self.machine = settings["machine"]
         self.world = find_world(options.task)
         self.critic = find_critic(settings["critic"].kind)
+        for further in settings["table"].further:
+            find_critic(further, "--table-critics")
         self.grade = self.world.grader(self.given.clip, settings["rollout"].call_seconds)
         self.rules = {"grade": self.grade, "instructions": self.world.INSTRUCTIONS}
-        self.variant = self.root if settings["critic"].reference else self.root / "no-reference"
-        left_out = set()
-        if self.variant != self.root:  # what does not depend on c is trained and evaluated with c
+        plain = settings_of(options, flags=False)
+        kind = settings["critic"].kind
+        self.variant, self.methods, left_out = self.root, METHODS, set()
+        if kind != plain["critic"].kind:  # what does not depend on the critic is trained and evaluated without --critic
+            self.variant = self.root / critic_folder(kind)
+            self.methods = {**METHODS, "actor": title_of(kind)}
             left_out |= {"rft", "multiturn"}
         if no_held_out(self.given):
             left_out |= {"eval", "credit"}
@@ -131,13 +143,12 @@ class Run:
             after = [other for other in stage.after if other not in left_out]
             self.stages[name] = dataclasses.replace(stage, after=after)
         values = flat(settings, task=options.task, seed=self.seed)
-        defaults = flat(settings_of(options, flags=False), task=options.task, seed=self.seed)
+        defaults = flat(plain, task=options.task, seed=self.seed)
         self.redo = to_redo(self)
         self.record = Record(self.stages, values, defaults, self.outputs, self.redo)
 
     def path(self, name):
-        """A file of the run. What depends on whether the critic reads c lies in a folder of its own when it does
-        not."""
+        """A file of the run. What depends on the critic lies in a folder of its own where --critic names another."""
         if name == "trajectories.jsonl" and self.given.trajectories:
             return Path(self.given.trajectories)
         return (self.variant if self.is_variant(name) else self.root) / name
@@ -146,15 +157,15 @@ class Run:
         return name.split(".")[0] in ("critic", "candidates", "pairs", "actor", "eval", "credit")
 
     def outputs(self, stage):
-        """Where a stage leaves its files: in this run, and with or without c, if that is elsewhere. Nowhere if they are
-        given."""
+        """Where a stage leaves its files: in this run, and with other critics, if that is elsewhere. Nowhere if they
+        are given."""
         name = STAGES[stage].output
         if stage == "base" and self.given.model or stage == "rollout" and self.given.trajectories:
             return []
         if not self.is_variant(name):
             return [self.path(name)]
-        other = self.root / "no-reference" if self.variant == self.root else self.root
-        return [self.path(name), other / name]
+        others = [half for half in (self.root, *further_critics(self.root).values()) if half != self.variant]
+        return [self.path(name), *(half / name for half in others)]
 
     def claim(self, stage):
         """Refuse to mix files that were made with different settings (machinery/settings.py)."""
@@ -350,7 +361,7 @@ def stage_multiturn(run):
 
 def stage_eval(run):
     tasks, cfg, loaded = run.held_out(), run.settings["eval"], {}
-    names = METHODS if run.variant == run.root else {"actor": "SWEET without c"}
+    names = run.methods if run.variant == run.root else ["actor"]
     todo = list(itertools.product(names, (1.0, cfg.top_p), range(len(tasks))))
 
     def group(part, _):
@@ -369,7 +380,7 @@ def stage_eval(run):
                 records.append(None)
                 continue
             history = actor.bare(trajectory["dialogue_history"])
-            records.append({"method": names[method], "top_p": top_p, **trajectory, "dialogue_history": history})
+            records.append({"method": run.methods[method], "top_p": top_p, **trajectory, "dialogue_history": history})
         return records
     write_groups(run.path("eval.jsonl"), todo, len(tasks), group, "eval")
 
@@ -398,22 +409,21 @@ class Stage:
 LOADED = ("dtype", "attention")
 TRAINED = (*LOADED, "lora")
 PLAYED = ("human", "clip", "rollout.max_turns", "rollout.max_tokens", "rollout.call_seconds")
-FITTED = tuple(f"critic.{f.name}" for f in dataclasses.fields(critic.Critic) if f.name != "rank_against")
 STAGES = {
     "base": Stage(stage_base, "base", (), ("model",), "model", ("base.*",)),
     "rollout": Stage(stage_rollout, "trajectories.jsonl", ("base",), ("trajectories",), "trajectories",
                      ("tasks", "human", "clip", "rollout.*", *LOADED)),
-    "critic": Stage(stage_critic, "critic", ("rollout",), ("pairs.per_task", "pairs.margin", *FITTED, *TRAINED)),
+    "critic": Stage(stage_critic, "critic", ("rollout",), ("pairs.per_task", "pairs.margin", "critic.*", *TRAINED)),
     "samples": Stage(stage_samples, "samples.jsonl", ("rollout",), ("candidates", *LOADED), "candidates",
                      ("candidates.*", "rollout.max_tokens")),
-    "candidates": Stage(stage_candidates, "candidates.jsonl", ("critic", "samples"), ("critic.rank_against",)),
+    "candidates": Stage(stage_candidates, "candidates.jsonl", ("critic", "samples")),
     "pairs": Stage(stage_pairs, "pairs.jsonl", ("candidates",), ("pairs.per_state",)),
     "actor": Stage(stage_actor, "actor", ("pairs",), ("actor.*",)),
     "rft": Stage(stage_rft, "rft", ("rollout",), ("rft.*", *TRAINED)),
     "multiturn": Stage(stage_multiturn, "multiturn", ("rollout",), ("pairs.margin", "multiturn.*", *TRAINED)),
     "eval": Stage(stage_eval, "eval.jsonl", ("actor", "rft", "multiturn"), ("eval.*", "heldout", *PLAYED)),
     "credit": Stage(credit.check, "credit.json", ("critic",), (
-        "eval.tasks", "eval.split", "heldout", "candidates.n", "critic.rank_against", "credit.*", *PLAYED)),
+        "eval.tasks", "eval.split", "heldout", "candidates.n", "credit.*", *PLAYED)),
     "report": Stage(stage_report, "report.html", ("actor", "rft", "multiturn", "eval", "credit")),
 }
 
@@ -438,8 +448,10 @@ def run_stage(run, name):
 # ------------------------------------------------------------------ table
 
 def table(run, cfg):
-    """The README's table: everything with several seeds from --seed on, with and without c, under one folder; then one
-    table of all."""
+    """The README's table: everything with several seeds from --seed on, and with further critics, under one folder;
+    then one table of all."""
+    if run.variant != run.root:
+        raise InputError(f"--critic {run.settings['critic'].kind}: the table names its critics by --table-critics")
     words = parser().words(flags_given(run.options))
 
     def unfinished(folder, extra):
@@ -450,7 +462,7 @@ def table(run, cfg):
     with alone(run.root):
         keep(run)
     seeds = range(run.seed, run.seed + cfg.seeds)
-    runs = run_seeds([sys.executable, __file__, *words], run.root, seeds, cfg.jobs, unfinished)
+    runs = run_seeds([sys.executable, __file__, *words], run.root, seeds, cfg.further, cfg.jobs, unfinished)
     text = report.results_table(runs, run.world)
     print(text)
     put_text(run.root / "table.md", text)
@@ -539,7 +551,7 @@ def begin(run, stage):
         if not run.path("critic").exists() or not run.path("actor").exists():
             raise InputError(f"{run.root}: holds no trained actor and critic to play with; the same flags without "
                              "'play' train them")
-        return play.main(run, METHODS)
+        return play.main(run, run.methods)
     if stage == "report":
         return report_alone(run)
     work(run, stage)

@@ -57,7 +57,7 @@ def count_slots(record, counts):
 def pages(folders):
     table = defaultdict(Counter)
     for folder in folders:
-        for file in (Path(folder) / "eval.jsonl", Path(folder) / "no-reference" / "eval.jsonl"):
+        for file in (Path(folder) / "eval.jsonl", *sorted(Path(folder).glob("*/eval.jsonl"))):
             for _, record in read_jsonl(file) if file.exists() else ():
                 if record["top_p"] != 1.0:
                     count_slots(record, table[record["method"]])
@@ -74,7 +74,7 @@ def main(folders):
     table = defaultdict(list)
     for folder in folders:
         runs = defaultdict(Counter)
-        for file in (Path(folder) / "eval.jsonl", Path(folder) / "no-reference" / "eval.jsonl"):
+        for file in (Path(folder) / "eval.jsonl", *sorted(Path(folder).glob("*/eval.jsonl"))):
             for _, record in read_jsonl(file) if file.exists() else ():
                 if record["top_p"] != 1.0:
                     count(record, runs[record["method"]])

@@ -190,36 +190,47 @@ def lay_out(model, examples):
     return batch
 
 
+def agent_positions(model, batch):
+    """Where the agent's tokens are in a batch: what the model is to read, (row_N, position_N) of the token in front of
+    each of them, and the cell of its turn: cell_N, an index into a flat tensor of the shape (B, K)."""
+    turn_RT = batch["turn_ids"]
+    row_N, position_N = torch.where(turn_RT[:, 1:] > 0)
+    turn_N = turn_RT[row_N, position_N + 1]
+    if "owner_ids" in batch:
+        owner_RT = batch["owner_ids"]
+        B = int(owner_RT.max())
+        example_N = owner_RT[row_N, position_N + 1] - 1
+        inputs = Tree(model, batch["prefixes"]).inputs(batch["input_ids"], owner_RT)
+    else:
+        B = len(turn_RT)
+        example_N = row_N
+        inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+    K = max(int(turn_RT.max()), 1)
+    return inputs, (row_N, position_N), example_N * K + turn_N - 1, (B, K)
+
+
+def add_up(numbers_N, cell_N, shape):
+    """A number for each agent token -> sums_BK over the turns, and lengths_BK, how many numbers a turn has."""
+    sums = numbers_N.new_zeros(shape).flatten().index_add(0, cell_N, numbers_N)
+    lengths = torch.zeros_like(sums).index_add(0, cell_N, torch.ones_like(numbers_N))
+    return sums.view(shape), lengths.view(shape)
+
+
 def turn_logprobs(model, batch):
     """Summed log-prob of every agent turn, and its number of tokens: everything that Eq. 2-4 need from a model.
 
     batch: from `lay_out` or `collate`. Returns sums_BK (nats, differentiable) and lengths_BK, where K is the last
     turn in the batch and column k-1 is turn k; a turn that an example lacks has sum 0 and length 0.
     """
-    input_RT, turn_RT = batch["input_ids"], batch["turn_ids"]
-    row_N, position_N = torch.where(turn_RT[:, 1:] > 0)  # position t predicts token t + 1
-    targets_N = input_RT[row_N, position_N + 1]
-    turn_N = turn_RT[row_N, position_N + 1]
-    if "owner_ids" in batch:
-        owner_RT = batch["owner_ids"]
-        B = int(owner_RT.max())
-        example_N = owner_RT[row_N, position_N + 1] - 1
-        inputs = Tree(model, batch["prefixes"]).inputs(input_RT, owner_RT)
-    else:
-        B = len(input_RT)
-        example_N = row_N
-        inputs = {"input_ids": input_RT, "use_cache": False}
+    inputs, (row_N, position_N), cell_N, shape = agent_positions(model, batch)
+    targets_N = batch["input_ids"][row_N, position_N + 1]  # position t predicts token t + 1
     if head_is_plain(model):
         hidden_ND = model.base_model(**inputs).last_hidden_state[row_N, position_N]
         logprobs_N = token_logprobs(hidden_ND, model.get_output_embeddings().weight, targets_N)
     else:
         logits_NV = at_least_fp32(model(**inputs).logits[row_N, position_N])
         logprobs_N = logits_NV.log_softmax(-1).gather(-1, targets_N[:, None]).squeeze(-1)
-    K = max(int(turn_RT.max()), 1)
-    cell_N = example_N * K + turn_N - 1  # where each token's log-prob belongs in a flat B x K
-    sums = logprobs_N.new_zeros(B * K).index_add(0, cell_N, logprobs_N)
-    lengths = torch.zeros_like(sums).index_add(0, cell_N, torch.ones_like(logprobs_N))
-    return sums.view(B, K), lengths.view(B, K)
+    return add_up(logprobs_N, cell_N, shape)
 
 
 def agent_tokens(examples):
@@ -257,8 +268,9 @@ def pair_sizes(pairs):
 
 
 @torch.no_grad()
-def reference_sums(model, examples, batch_tokens=16384, label=None):
+def reference_sums(model, examples, batch_tokens=16384, label=None, numbers=turn_logprobs):
     """Summed log-probs per turn of every example, without gradient: a list of K numbers for each (input_ids, turn_ids).
+    numbers: another function of a model and a batch that gives a number for each turn, numbers_BK, and lengths_BK.
 
     Used for pi_ref, once, before the first step (the policy before its first step *is* the reference, so no second
     model is ever in memory), and for ranking. Equal examples are computed once; examples with the same prefix, and
@@ -294,7 +306,7 @@ def reference_sums(model, examples, batch_tokens=16384, label=None):
     delay = 0 if label else 2  # seconds: a part of a stage has a bar only if it takes longer
     with tqdm(total=len(first), desc=f"{label or 'scored':>12}", delay=delay, leave=bool(label)) as bar:
         for batch in batches:
-            sums_BK, _ = turn_logprobs(model, lay_out(model, [examples[i] for i in batch]))
+            sums_BK, _ = numbers(model, lay_out(model, [examples[i] for i in batch]))
             for i, row in zip(batch, sums_BK.tolist()):
                 n_turns = max(examples[i][1])
                 sums[i] = row[:n_turns]

@@ -29,6 +29,11 @@ LINES = (
     (BAD, "D", "--"),
     (THIRD, "^", "-."),
     (SOFT, "v", ":"),
+    (GOOD, "P", ":"),
+    (BAD, "X", "-."),
+    (INK, "*", "--"),
+    (THIRD, "p", "-"),
+    (SOFT, "h", "--"),
 )
 STYLE = Path(__file__).with_name("page") / "charts.mplstyle"
 WIDTH = 3.8  # inches: about the width of a telephone, so that text keeps its size there
@@ -194,6 +199,37 @@ def curves(title, lines, x_label, y_label):
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.set_xticks(sorted({x for xs, _ in lines.values() for x in xs}))
         legend_above(axes, ncols=3 if len(lines) > 4 else 2)
+
+    return draw(title, 2.9, paint)
+
+
+def growth(title, lines, x_label, y_label):
+    """Means with intervals along sizes that double: {name: (sizes, [(mean, low, high)])}."""
+
+    def paint(axes):
+        for k, (name, (sizes, found)) in enumerate(lines.items()):
+            colour, marker, dashes = LINES[k % len(LINES)]
+            means, low, high = np.array(found).T
+            beside = np.array(sizes) * 2 ** (0.06 * (k - (len(lines) - 1) / 2))
+            errors = np.maximum(0, [means - low, high - means])
+            axes.errorbar(
+                beside,
+                means,
+                yerr=errors,
+                color=colour,
+                marker=marker,
+                linestyle=dashes,
+                label=name,
+                markersize=4.5,
+                elinewidth=1,
+            )
+        ticks = sorted({size for sizes, _ in lines.values() for size in sizes})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.minorticks_off()
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        legend_above(axes, ncols=2)
 
     return draw(title, 2.9, paint)
 

@@ -1,6 +1,6 @@
 """What a run folder knows of itself: the flags that it was made with, what is done, how long it took.
 
-settings.json (one for SWEET with c, one in no-reference/ for SWEET without) holds every flag that was given, so that no
+settings.json (one in the run, and one in the folder of each further critic) holds every flag that was given, so that no
 later command needs any. A flag that is given anew goes before; it is remembered, too, unless it contradicts what is
 there. A run older than this file remembers by what its stages wrote down (machinery/settings.py).
 
@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -41,11 +42,26 @@ def peek(path):
     return {}
 
 
-def remembered(root, without_c, read):
-    """{flag's name: value} of a run, or of its half without c."""
-    halves = [root, root / "no-reference"]
-    if without_c:
-        halves.reverse()
+def critic_folder(kind):
+    """The folder, in a run, of what depends on a critic that is not the run's own: `mine:Shortest` is mine-Shortest."""
+    return re.sub(r"[^\w.-]+", "-", kind)
+
+
+def further_critics(root):
+    """{kind of critic: its folder} of those that a run has beside its own."""
+    found = {}
+    for folder in sorted(Path(root).glob("*/")):
+        for file in (folder / FILE, folder / "settings/critic.json"):
+            kind = str(peek(file).get("critic.kind", ""))
+            if kind and critic_folder(kind) == folder.name:
+                found[kind] = folder
+    return found
+
+
+def remembered(root, kind, read):
+    """{flag's name: value} of a run, as a critic of this kind was made with, if there is one."""
+    halves = [root, *further_critics(root).values()]
+    halves.sort(key=lambda half: half != root / critic_folder(kind or ""))
     for file in [half / FILE for half in halves if os.path.isfile(half / FILE)]:
         if kept := read(file):
             return kept
@@ -65,8 +81,8 @@ def recall(flags, argv):
         if options.stage in ("report", "status") and not os.path.isdir(run):
             raise InputError(f"--run {run}: there is no such run")
         read = peek if options.stage == "status" else lambda path: read_json(path, {})
-        without_c = getattr(options, "critic.reference") is False
-        kept = remembered(Path(run), without_c, read) if os.path.isdir(run) else {}
+        kind = getattr(options, "critic.kind")
+        kept = remembered(Path(run), kind, read) if os.path.isdir(run) else {}
         try:
             options = flags.parse_args(argv, kept) if kept else options
         except InputError as error:
@@ -142,13 +158,13 @@ def in_words(seconds):
 
 
 def measured(run, name):
-    """The seconds that a stage took where it was made with the same settings, but for the seed and c: with or without c
-    in this run, or in one beside it. None where that is not known."""
+    """The seconds that a stage took where it was made with the same settings, but for the seed and the critic: in this
+    run, or in one beside it. None where that is not known."""
     def size(values):
-        return {field: value for field, value in values.items() if field not in ("seed", "critic.reference")}
+        return {field: value for field, value in values.items() if field not in ("seed", "critic.kind")}
     mine = size(dependencies(name, run.stages, run.record.values))
     for folder in [run.root, *sorted(run.root.absolute().parent.glob("*/"))]:
-        for half in (folder, folder / "no-reference"):
+        for half in (folder, *further_critics(folder).values()):
             seconds = peek(half / "seconds.json").get(name)
             if seconds and size(peek(half / f"settings/{name}.json")) == mine:
                 return seconds
@@ -173,9 +189,9 @@ def place(run, name):
 
 def spent(root):
     """Where the time went."""
-    halves = {"": root, " without c": root / "no-reference"}
-    seconds = {name + mark: value for mark, half in halves.items()
-               for name, value in peek(half / "seconds.json").items()}
+    seconds = peek(root / "seconds.json")
+    for kind, folder in further_critics(root).items():
+        seconds |= {f"{name} ({kind})": value for name, value in peek(folder / "seconds.json").items()}
     rows = ", ".join(f"{name} {in_words(value)}" for name, value in seconds.items())
     return f"time: {rows}; {in_words(sum(seconds.values()))} in all" if seconds else "time: nothing was made yet"
 
@@ -219,18 +235,15 @@ def state(run, name):
 def show_status(root, open_run):
     """What there is of a run, or of all the seeds of a table, and what comes next. Only reads."""
     for folder in sorted(root.glob("seed*/")) or [root]:
-        halves = {"--no-reference": folder / "no-reference", "--reference": folder}
-        there = []
-        for flag, half in halves.items():
-            if (half / FILE).exists() or (half / "settings").exists():
-                there.append(flag)
-        for flag in reversed(there or ["--reference"]):
-            run = open_run(["status", f"--run={folder}", flag])
-            status(run, run.variant)
+        further = further_critics(folder)
+        if (folder / FILE).exists() or not further:
+            status(open_run(["status", f"--run={folder}"]), folder)
+        for kind, half in further.items():
+            status(open_run(["status", f"--run={folder}", f"--critic={kind}"]), half)
 
 
 def status(run, title):
-    """The same of a run, or of its half without c."""
+    """The same of a run with one critic."""
     names = [name for name in run.record.needs("report") if name != "report"]
     found = {name: state(run, name) for name in names}
     flags = [f"{flag} {value}" for flag, value in flags_given(run.options).items() if value is not False]

@@ -5,6 +5,7 @@
 
 Exercised by `python -m pytest tests/test_install.py`.
 """
+import difflib
 import importlib
 import re
 from pathlib import Path
@@ -62,6 +63,15 @@ def make(spec, flag, *methods):
         if not callable(getattr(made, method.partition("(")[0], None)):
             raise InputError(f"{flag} {spec}: {type(made).__name__} has no method {method}")
     return made
+
+
+def find(spec, known, flag, *methods):
+    """What a flag names: one of `known` {name: module:Class}, or module:Class of the user's; see `make`."""
+    if spec not in known and ":" not in spec:
+        near = difflib.get_close_matches(spec, known, 1)
+        perhaps = f" (perhaps {near[0]})" if near else ""
+        raise InputError(f"{flag} {spec}: expected {' or '.join(known)} or module:Class{perhaps}")
+    return make(known.get(spec, spec), flag, *methods)
 
 
 def first_line(error):

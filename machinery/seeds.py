@@ -26,18 +26,19 @@ def failure(command, log, children):
     return said[-1].removeprefix("sweet: ") if said else "", child.returncode
 
 
-def run_seeds(command, root, seeds, jobs, unfinished):
-    """Run `command` with each seed, with and without c, in a folder of its own under `root`; returns the folders.
-    InputError, when all have ended, with those that failed. unfinished(folder, extra): the first stage of a run that
-    is not done, for a process that ended without a word."""
+def run_seeds(command, root, seeds, critics, jobs, unfinished):
+    """Run `command` with each seed, and then with each of the further critics, in a folder of its own under `root`;
+    returns the folders. InputError, when all have ended, with those that failed. unfinished(folder, extra): the first
+    stage of a run that is not done, for a process that ended without a word."""
     folders, children = {seed: Path(root) / f"seed{seed}" for seed in seeds}, []
 
     def one(seed):
-        for extra in ([], ["--no-reference"]):
+        for kind in ("", *critics):
+            extra = [f"--critic={kind}"] if kind else []
             whole = [*command, "--run", str(folders[seed]), "--seed", str(seed), *extra]
             if failed := failure(whole, Path(f"{folders[seed]}.log"), children):
                 line = failed[0] or f"{unfinished(folders[seed], extra)}: it ended with status {failed[1]}"
-                return f"seed {seed}{' without c' * bool(extra)}: {line}"
+                return f"{' '.join([f'seed {seed}', *extra])}: {line}"
         return ""
     Path(root).mkdir(parents=True, exist_ok=True)
     with alone(root), passing_on(children), ThreadPoolExecutor(jobs) as pool:

@@ -73,7 +73,7 @@ class Record:
     """The settings that the stages of a run are made with.
 
     stages: {name: Stage}; values, defaults: {field: value} as asked for now, and as without a flag; outputs: a function
-    of a stage's name: where it leaves its files in this run, then where it does with or without c, if elsewhere;
+    of a stage's name: where it leaves its files in this run, then where it does with other critics, if elsewhere;
     redo: the stages that are to be made again, so that what they left does not count.
     """
 
@@ -137,11 +137,11 @@ class Record:
         write_json(self.file(name), dependencies(name, self.stages, self.values))
 
     def what_follows(self, made):
-        """The paths of all that these stages left, and of all that was made from it, here and, with or without c,
+        """The paths of all that these stages left, and of all that was made from it, here and, with other critics,
         beside it."""
         outputs = [output for stage in self.followers(made) for output in self.outputs(stage)[:1]]
         for stage in made:
-            # what SWEET is made from, with c and without
+            # what SWEET is made from, whatever the critic
             if len(self.outputs(stage)) == 1 and "candidates" in self.followers([stage]):
                 outputs += [output for follower in self.followers([stage]) for output in self.outputs(follower)]
         return dict.fromkeys(str(path) for output in outputs for path in leftovers(output))

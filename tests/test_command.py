@@ -35,7 +35,7 @@ def settings(*args):
 @pytest.mark.parametrize("words, said", [
     ("--critic-lrr 1", "--critic-lrr 1: not known; perhaps --critic-lr; "),
     ("--critc_lr=1", "--critc_lr=1: not known; perhaps --critic-lr; "),
-    ("--no-refrence", "--no-refrence: not known; perhaps --no-reference; "),
+    ("--no-checkpointin", "--no-checkpointin: not known; perhaps --no-checkpointing; "),
     ("--smok", "--smok: not known; perhaps --smoke; "),
     ("--critic-l 1", "--critic-l 1: not known; perhaps --critic-lr; "),  # an abbreviation of one flag is none
     ("--heldou f", "--heldou f: not known; perhaps --heldout; "),
@@ -81,8 +81,8 @@ def test_help_all_has_every_flag_with_its_default_and_the_papers_value(capsys, m
 
 
 PAPER = [
-    ("critic", {"lr": 2e-7, "beta": 0.1, "nll": 0.01, "batch_size": 8, "epochs": 4, "normalize": "turn",
-                "rank_against": "c", "reference": True}),
+    ("critic", {"lr": 2e-7, "beta": 0.1, "nll": 0.01, "batch_size": 8, "epochs": 4,
+                "kind": "bradley-terry"}),
     ("actor", {"lr": 2e-7, "beta": 0.1, "nll": 0.01, "batch_size": 8, "epochs": 1}),
     ("rft", {"lr": 2e-7, "batch_size": 32, "epochs": 4}),
     ("multiturn", {"lr": 2e-7, "beta": 0.1, "nll": 0.01, "batch_size": 8, "epochs": 4}),
@@ -148,8 +148,8 @@ def files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags", [
     [], ["--smoke"], ["--seed=3", "--preset=paper"], ["--model=m"], ["--task=frontend", "--rollout-max-turns=3"],
-    ["--tasks=train.jsonl", "--heldout=held.jsonl", "--human=http://x:1", "--human-model=q"], ["--no-reference"],
-    ["--tasks=train.jsonl"], ["--critic-normalize=none", "--lora=4", "--checkpointing", "--dtype=bfloat16"],
+    ["--tasks=train.jsonl", "--heldout=held.jsonl", "--human=http://x:1", "--human-model=q"], ["--critic=without-c"],
+    ["--tasks=train.jsonl"], ["--critic-beta=0.5", "--lora=4", "--checkpointing", "--dtype=bfloat16"],
     ["--preset=one-gpu", "--device=cpu"]])
 def test_no_flag_is_needed_again(flags, files, monkeypatch):
     first = made(files / "r", *flags)
@@ -163,7 +163,7 @@ def test_no_flag_is_needed_again(flags, files, monkeypatch):
         later.claim(name)  # no contradiction
     for path in filter(None, (later.given.model, later.given.tasks, later.given.heldout)):
         assert os.path.exists(path)  # from another folder, too
-    without = {"settings.json", "no-reference/settings.json"}
+    without = {"settings.json", "without-c/settings.json"}
     for name in without:  # a run that is older than this file: what its stages wrote down
         (files / "r" / name).unlink(missing_ok=True)
     if "--human=http://x:1" not in flags and "--tasks=train.jsonl" not in flags:  # files it knows by name alone
@@ -185,9 +185,9 @@ def test_flags_given_anew_hold_for_what_is_still_to_be_made(tmp_path):
 
 def test_each_half_of_a_run_remembers_its_own(tmp_path):
     made(tmp_path, "--rollout-tasks=7")
-    made(tmp_path, "--no-reference", "--rollout-tasks=7", "--actor-lr=0.5")
+    made(tmp_path, "--critic=without-c", "--rollout-tasks=7", "--actor-lr=0.5")
     assert run_of(tmp_path).settings["actor"].lr == 1e-3
-    assert run_of(tmp_path, "--no-reference").settings["actor"].lr == 0.5
+    assert run_of(tmp_path, "--critic=without-c").settings["actor"].lr == 0.5
 
 
 def test_what_a_run_remembers_may_be_spoilt(tmp_path):
@@ -330,11 +330,11 @@ def test_status_of_what_is_done_and_of_what_is_not_there(tmp_path, capsys):
 def test_status_has_both_halves_and_all_seeds(tmp_path, capsys):
     for seed in (0, 1):
         made(tmp_path / f"seed{seed}", f"--seed={seed}")
-    made(tmp_path / "seed1", "--no-reference", "--seed=1", stages=["base", "rollout", "critic"])
+    made(tmp_path / "seed1", "--critic=without-c", "--seed=1", stages=["base", "rollout", "critic"])
     assert main("status", "--run", tmp_path) is None
     out = capsys.readouterr().out
     titles = re.findall(r"^(\S+): task", out, re.M)
-    assert titles == [str(tmp_path / name) for name in ("seed0", "seed1", "seed1/no-reference")]
+    assert titles == [str(tmp_path / name) for name in ("seed0", "seed1", "seed1/without-c")]
     assert out.count("everything is done") == 2 and "next: samples" not in out and "next: candidates" in out
 
 
@@ -420,13 +420,15 @@ def test_a_table_says_to_each_seed_what_it_was_told(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(program, "run_seeds", lambda command, *args: told.extend([command, *args]) or [tmp_path])
     monkeypatch.setattr(program.report, "results_table", lambda *_: "TABLE")
-    assert main("table", "--run", tmp_path / "t", "--seeds=2", "--seed=5", "--critic-lr=0.5", "--smoke") is None
-    command, root, seeds, jobs, unfinished = told
-    assert (root, list(seeds), jobs) == (tmp_path / "t", [5, 6], 2) and (root / "table.md").read_text() == "TABLE"
+    flags = ["--seeds=2", "--seed=5", "--table-critics=without-c,oracle", "--critic-lr=0.5", "--smoke"]
+    assert main("table", "--run", tmp_path / "t", *flags) is None
+    command, root, seeds, critics, jobs, unfinished = told
+    assert (root, list(seeds), critics, jobs) == (tmp_path / "t", [5, 6], ["without-c", "oracle"], 2)
+    assert (root / "table.md").read_text() == "TABLE"
     made(root / "seed6", "--critic-lr=0.5", "--smoke", "--seed=6", stages=["base", "rollout"])
     assert unfinished(root / "seed6", []) == "critic"
-    for extra in ([], ["--no-reference"]):
+    for extra in ([], ["--critic=oracle"]):
         line = [*command[2:], "--run", str(tmp_path / "t/seed6"), "--seed", "6", *extra]
         one = program.open_run(line)
         assert (one.seed, one.settings["critic"].lr, one.options.smoke) == (6, 0.5, True)
-        assert one.settings["critic"].reference == (not extra) and one.root == tmp_path / "t/seed6"
+        assert (one.variant == one.root) == (not extra) and one.root == tmp_path / "t/seed6"

@@ -244,7 +244,7 @@ def test_a_clip_without_its_processor(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["file", "file/run", "file/a/b", "x" * 300])
-@pytest.mark.parametrize("args", [("--smoke",), ("table",), ("report",), ("--no-reference",)])
+@pytest.mark.parametrize("args", [("--smoke",), ("table",), ("report",), ("--critic=without-c",)])
 def test_a_run_that_is_no_folder(tmp_path, where, args):
     (tmp_path / "file").write_text("here")
     assert f"--run {tmp_path / where}" in refused(tmp_path / where, *args)

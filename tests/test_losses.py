@@ -478,10 +478,10 @@ def states_of(trajectories, tokenizer):
 @pytest.mark.parametrize("reference", [True, False])
 def test_ranking_equals_training(model64, trajectories, tokenizer, reference):
     """The advantage of a candidate is that of the same turn in its trajectory, whichever turn it is."""
-    trained, cfg = perturbed(model64), critic.Critic(reference=reference)
+    trained = perturbed(model64)
     states = states_of(trajectories[:12], tokenizer)
     critic.score_reference(model64, tokenizer, states)
-    critic.rank(trained, tokenizer, states, cfg)
+    critic.rank(trained, tokenizer, states, reference)
     views = [critic.critic_view(tokenizer, t, reference) for t in trajectories[:12]]
     sums, lengths = turn_logprobs(trained, collate(views))
     advantages = critic.turn_advantages(sums, turn_logprobs(model64, collate(views))[0], lengths)
@@ -494,11 +494,11 @@ def test_ranking_equals_training(model64, trajectories, tokenizer, reference):
 def test_rank_before_the_first_step_is_0_and_normalize_none_is_the_sum(model64, trajectories, tokenizer):
     states = states_of(trajectories[:6], tokenizer)
     critic.score_reference(model64, tokenizer, states)
-    critic.rank(model64, tokenizer, states, critic.Critic())
+    critic.rank(model64, tokenizer, states)
     assert all(abs(state["candidates"][0]["advantage"]) < 1e-4 for state in states)
     trained, found = perturbed(model64), {}
     for normalize in ("turn", "none", "trajectory"):
-        critic.rank(trained, tokenizer, states, critic.Critic(normalize=normalize))
+        critic.rank(trained, tokenizer, states, normalize=normalize)
         found[normalize] = [state["candidates"][0]["advantage"] for state in states]
     lengths = [len(state["candidates"][0]["output_ids"]) for state in states]
     assert found["none"] == pytest.approx([a * n for a, n in zip(found["turn"], lengths)], abs=1e-3)
@@ -508,7 +508,7 @@ def test_rank_before_the_first_step_is_0_and_normalize_none_is_the_sum(model64, 
 def test_rank_against_own_reads_the_reference_in_the_critic_only(model64, trajectories, tokenizer):
     trained, states = perturbed(model64), states_of(trajectories[:4], tokenizer)
     critic.score_reference(model64, tokenizer, states)
-    critic.rank(trained, tokenizer, states, critic.Critic(rank_against="own"))
+    critic.rank(trained, tokenizer, states, rank_against="own")
     for state in states:
         candidate = state["candidates"][0]
         total = 0.0
@@ -522,8 +522,8 @@ def test_judge_turns_equals_rank(model64, trajectories, tokenizer):
     trained, trajectory = perturbed(model64), trajectories[1]
     states = states_of([trajectory], tokenizer)
     critic.score_reference(model64, tokenizer, states)
-    critic.rank(trained, tokenizer, states, critic.Critic())
-    judged = critic.judge_turns((trained, tokenizer), model64, trajectory, critic.Critic())
+    critic.rank(trained, tokenizer, states)
+    judged = critic.judge_turns((trained, tokenizer), model64, trajectory)
     assert judged == pytest.approx([s["candidates"][0]["advantage"] for s in states], abs=2e-5)
 
 

@@ -48,7 +48,7 @@ def finished(tmp_path_factory):
     run = tmp_path_factory.mktemp("run") / "whole"
     done = sweet("--run", run, *TINY)
     assert "SWEET" in done.stdout and "report:" in done.stdout
-    sweet("--run", run, *TINY, "--no-reference")
+    sweet("--run", run, *TINY, "--critic", "without-c")
     return run
 
 
@@ -64,7 +64,7 @@ def test_every_stage_leaves_its_file(finished):
     sweet_methods = ["base", "RFT", "multi-turn DPO", "SWEET"]
     methods = [json.loads(line)["method"] for line in (finished / "eval.jsonl").open()]
     assert {name: methods.count(name) for name in set(methods)} == dict.fromkeys(sweet_methods, 24)
-    assert {json.loads(line)["method"] for line in (finished / "no-reference/eval.jsonl").open()} == {"SWEET without c"}
+    assert {json.loads(line)["method"] for line in (finished / "without-c/eval.jsonl").open()} == {"SWEET without c"}
 
 
 def test_formats(finished):
@@ -189,14 +189,14 @@ def test_unknown_flags_and_abbreviations_are_refused():
     assert "--critic-lrr" in complaint(sweet("--critic-lrr=1", check=False))
     assert "--critic-l" in complaint(sweet("--critic-l=1", check=False))
     help_text = sweet("--help-all").stdout
-    for word in ("--critic-lr", "--actor-beta", "--no-reference", "paper 2e-07", "(default"):
+    for word in ("--critic-lr", "--actor-beta", "--no-checkpointing", "paper 2e-07", "(default"):
         assert word in help_text
 
 
 @pytest.mark.parametrize("flag, value, words", [
     ("--rollout-temperature", "0", "above 0"), ("--rollout-temperature", "nan", "above 0"),
     ("--eval-top-p", "1.5", "at most 1"), ("--critic-nll", "-1", "at least 0"), ("--rows", "0", "above 0"),
-    ("--critic-normalize", "foo", "turn or none or trajectory"), ("--critic-rank-against", "foo", "c or own"),
+    ("--critic", "foo", "bradley-terry or without-c"),
     ("--dtype", "float16", "float32 or bfloat16"), ("--eval-split", "train", "dev or test"),
     ("--critic-lr", "inf", "above 0"), ("--micro-batch", "-1", "at least 0"), ("--candidates-n", "0", "above 0"),
     ("--threads", "0", "above 0"), ("--jobs", "0", "above 0"), ("--seeds", "-1", "above 0")])

@@ -183,7 +183,7 @@ def test_the_verdict_is_the_share_of_what_it_could_have_said(small):
     dialogue = play.Dialogue(run, run.model, run.held_out(), "actor", 2)
     while dialogue.record is None:
         dialogue.reply(dialogue.offers()[0][0])
-    expected = critic.judge_turns(run.model("critic"), run.model("base")[0], dialogue.record, run.settings["critic"])
+    expected = critic.judge_turns(run.model("critic"), run.model("base")[0], dialogue.record)
     assert len(expected) == len(dialogue.states)
     for state, advantage in zip(dialogue.states, expected):
         assert state["judged"]["advantage"] == pytest.approx(advantage, abs=1e-4)

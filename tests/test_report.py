@@ -127,8 +127,9 @@ def whole_run(tmp_path_factory):
         "SWEET": [1.0, 1.0, 0.2, 1.0, 1.0, 0.0],
     }
     write_eval(root, rewards, tasks=tasks, question=HOSTILE)
-    write_eval(root / "no-reference", {"SWEET without c": [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]}, tasks=tasks)
-    for folder, auc in ((root, 0.9), (root / "no-reference", 0.6)):
+    write_eval(root / "without-c", {"SWEET without c": [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]}, tasks=tasks)
+    write_json(root / "without-c/settings/critic.json", {"critic.kind": "without-c"})
+    for folder, auc in ((root, 0.9), (root / "without-c", 0.6)):
         mc = {"accuracy": auc, "pairs": 8}
         kinds = {"question": {"auc": auc, "states": 7}, "answer": {"auc": None, "states": 0}}
         write_json(folder / "credit.json", {**kinds, "monte_carlo": mc})
@@ -139,11 +140,11 @@ def whole_run(tmp_path_factory):
     for name in ("rft", "base"):
         write_json(root / name / "log.json", log_of(3))
     write_json(
-        root / "settings" / "critic.json", {"model": None, "critic.normalize": "turn", "human": HOSTILE + "\ud800"}
+        root / "settings" / "critic.json", {"model": None, "critic.kind": "bradley-terry", "human": HOSTILE + "\ud800"}
     )
     timed = {"base": 50, "rollout": 10, "critic": 20, "samples": 3, "candidates": 4, "pairs": 1, "actor": 7, "rft": 5}
     write_json(root / "seconds.json", {**timed, "multiturn": 6, "eval": 999})
-    write_json(root / "no-reference" / "seconds.json", {"critic": 40, "candidates": 5, "pairs": 2, "actor": 8})
+    write_json(root / "without-c" / "seconds.json", {"critic": 40, "candidates": 5, "pairs": 2, "actor": 8})
     return root
 
 
@@ -202,6 +203,10 @@ def cells(text, label):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def credit_cells(text, label):
+    return cells(text[text.index("| credit, held-out tasks"):], label)
+
+
 def test_numbers_of_the_table(whole_run):
     text = report.results_table([whole_run], BACKEND)
     base, sweet, other = (cells(text, name) for name in ("base", "SWEET", "SWEET without c"))
@@ -212,8 +217,8 @@ def test_numbers_of_the_table(whole_run):
     assert cells(text, "SWEET - better baseline")[1].startswith("+33.3 [")
     assert cells(text, "SWEET - better baseline")[1].endswith("(RFT)")
     assert "n = 6 held-out tasks, seeds: 1" in text and "tasks only" in text
-    assert cells(text, "critic with c")[1:] == ["0.90 (7 states)", "-", "0.90 (8 pairs)"]
-    assert cells(text, "critic without c")[1] == "0.60 (7 states)"
+    assert credit_cells(text, "SWEET")[1:] == ["0.90 (7 states)", "-", "0.90 (8 pairs)"]
+    assert credit_cells(text, "SWEET without c")[1] == "0.60 (7 states)"
     for table in text.split("\n\n")[::2]:
         assert len({len(line) for line in table.strip().splitlines()}) == 1  # padded: columns line up in a terminal
 
@@ -227,12 +232,13 @@ def test_several_seeds(tmp_path):
     text = report.results_table([tmp_path / "0", tmp_path / "1", tmp_path / "not evaluated"], BACKEND)
     assert cells(text, "SWEET - RFT")[1] == "+0.0 [+0.0, +0.0]"  # paired: equal outcomes have no difference at all
     assert "n = 20 + 20" in text and "seeds: 2" in text and "seeds and their tasks" in text
-    assert cells(text, "critic with c")[1] == "0.85 (0.80 to 0.90, 10 states)"
+    assert credit_cells(text, "SWEET")[1] == "0.85 (0.80 to 0.90, 10 states)"
 
 
 def test_different_tasks_are_refused(tmp_path):
     write_eval(tmp_path, {"base": [1.0, 0.0]})
-    write_eval(tmp_path / "no-reference", {"SWEET without c": [1.0, 0.0, 1.0]})
+    write_eval(tmp_path / "without-c", {"SWEET without c": [1.0, 0.0, 1.0]})
+    write_json(tmp_path / "without-c/settings/critic.json", {"critic.kind": "without-c"})
     with pytest.raises(InputError, match="different tasks"):
         report.results_table([tmp_path], BACKEND)
 
@@ -282,7 +288,7 @@ def test_page_holds_every_section(page):
 
 
 def test_the_picker_knows_every_method(page):
-    for k, method in enumerate(report.METHODS):
+    for k, method in enumerate([*report.METHODS, "SWEET without c"]):
         assert f'id="method-{k}">{method}</label>' in page
         for end in ("won", "lost"):
             assert f"#method-{k}:checked):has(#end-{end}:checked) .task:not(:has(.method-{k}.{end}))" in page
@@ -536,7 +542,7 @@ def test_initial_policy_from_elsewhere(whole_run, page, tmp_path):
     report.write(root, tmp_path / "out.html")
     without = (tmp_path / "out.html").read_text(encoding="utf-8")
     assert 'title="advantage' not in without and "Turns are not judged: base/ is not there." in without
-    write_json(root / "settings" / "critic.json", {"model": str(tmp_path / "mine")})
+    write_json(root / "settings" / "critic.json", {"model": str(tmp_path / "mine"), "critic.kind": "bradley-terry"})
     report.write(root, tmp_path / "out.html")
     numbers = re.findall(r"<b>.*?</b>", page)
     assert re.findall(r"<b>.*?</b>", (tmp_path / "out.html").read_text(encoding="utf-8")) == numbers and numbers
@@ -546,11 +552,11 @@ def test_initial_policy_from_elsewhere(whole_run, page, tmp_path):
 @pytest.mark.slow
 def test_a_run_without_c_alone(whole_run, tmp_path):
     """Its curves, dialogues and advantages are shown, and only what was not run is said to be absent."""
-    root, own = tmp_path / "run", tmp_path / "run" / "no-reference"
+    root, own = tmp_path / "run", tmp_path / "run" / "without-c"
     for name in ("base", "critic", "actor"):
         shutil.copytree(whole_run / name, (root if name == "base" else own) / name)
     write_eval(own, {"SWEET without c": [0.0, 1.0, 0.0]})
-    write_json(own / "settings" / "critic.json", {"critic.reference": False, "seed": 7})
+    write_json(own / "settings" / "critic.json", {"critic.kind": "without-c", "seed": 7})
     report.write(root, own / "report.html")
     page = (own / "report.html").read_text(encoding="utf-8")
     assert page.count("<article>") == 3 and page.count("SWEET without c: ") == 3 and page.count("<b>") >= 6

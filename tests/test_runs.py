@@ -91,7 +91,7 @@ def test_a_folder_is_held_by_one_process_and_a_killed_one_lets_go(tmp_path):
             line = main(stage, "--run", tmp_path)
             assert f"process {holder.pid}" in line and "--critic-lr 7" in line and "since 2" in line
             assert "\n" not in line and not (tmp_path / "settings").exists()
-        for more in (["--no-reference"], ["table"]):
+        for more in (["--critic=without-c"], ["table"]):
             assert f"process {holder.pid}" in main(*more, "--run", tmp_path)
     finally:
         holder.kill()
@@ -198,7 +198,8 @@ def test_a_stop_while_programs_are_graded_leaves_no_process(tmp_path):
 
 
 def test_a_stop_reaches_the_children_of_a_table(tmp_path):
-    running = sweet("table", "--run", tmp_path / "t", *TINY, "--base-documents", "9000", "--seeds", "2", "--jobs", "2")
+    running = sweet("table", "--run", tmp_path / "t", *TINY, "--base-documents", "9000", "--seeds", "2", "--jobs", "2",
+                    "--table-critics=without-c")
     logs = [tmp_path / f"t/seed{seed}.log" for seed in (0, 1)]
     wait_for(lambda: all((tmp_path / f"t/seed{seed}/base.partial").exists() for seed in (0, 1)), running)
     running.send_signal(signal.SIGINT)  # to the table alone
@@ -276,10 +277,10 @@ def test_scores_that_are_not_finite_rank_nothing(tokenizer, model, trajectories)
     states = [{"task": t["task"], "messages": t["dialogue_history"][:1], "candidates": [
         {"content": "a", "output_ids": [5, 6], "ref_sum": -1.0, "ref_sum_without_c": -1.0}]} for t in trajectories[:2]]
     with pytest.raises(InputError, match="not finite"):
-        critic.rank(broken, tokenizer, states, critic.Critic())
+        critic.rank(broken, tokenizer, states)
     with pytest.raises(InputError, match="not finite"):
         critic.score_reference(broken, tokenizer, states)
-    critic.rank(model, tokenizer, states, critic.Critic())
+    critic.rank(model, tokenizer, states)
 
 
 # ------------------------------------------------------------------ torn files
@@ -424,7 +425,6 @@ def test_given_candidates_and_held_out_tasks_that_do_not_fit(narrow, tmp_path):
 CHANGES = [  # a flag, the first stage whose files depend on it, and the stages that do not
     (["--lora", "4"], "critic", ["base", "rollout", "samples"]),
     (["--critic-lr", "0.5"], "critic", ["base", "rollout", "samples", "rft", "multiturn"]),
-    (["--critic-rank-against", "own"], "candidates", ["base", "rollout", "critic", "samples", "rft", "multiturn"]),
     (["--pairs-per-state", "7"], "pairs", ["critic", "candidates", "rft", "multiturn", "credit"]),
     (["--pairs-margin", "0.5"], "critic", ["rollout", "samples", "rft"]),
     (["--rollout-tasks", "31"], "rollout", ["base"]),
@@ -470,7 +470,7 @@ def test_only_what_depends_on_a_setting_is_refused(tmp_path, flags, first, free)
 
 def test_the_message_names_all_that_has_to_go_once(tmp_path):
     claimed(tmp_path)
-    claimed(tmp_path, ["critic", "candidates", "pairs", "actor", "eval"], "--no-reference")
+    claimed(tmp_path, ["critic", "candidates", "pairs", "actor", "eval"], "--critic=without-c")
     (tmp_path / "critic_of_mine").write_text("not the run's")
     (tmp_path / "multiturn").unlink()
     (tmp_path / "multiturn.partial").mkdir()
@@ -485,7 +485,7 @@ def test_the_message_names_all_that_has_to_go_once(tmp_path):
         own = {"critic", "candidates.jsonl", "pairs.jsonl", "actor", "eval.jsonl"}
         want = own | {"credit.json", "multiturn.partial"}
         if "--rollout-tasks" in flags:
-            want |= {"trajectories.jsonl", "samples.jsonl", "rft"} | {f"no-reference/{name}" for name in own}
+            want |= {"trajectories.jsonl", "samples.jsonl", "rft"} | {f"without-c/{name}" for name in own}
         assert named - {"report.html"} == want
         if flags[0] == "--rollout-tasks":
             subprocess.run(words, check=True)
@@ -507,11 +507,11 @@ def test_fields_that_an_older_or_newer_run_does_not_know(tmp_path):
     claimed(tmp_path)
     for file in (tmp_path / "settings").glob("*.json"):
         old = json.loads(file.read_text())
-        old.pop("critic.normalize", None)
+        old.pop("critic.beta", None)
         file.write_text(json.dumps({**old, "critic.gone": 3, "lora": 0}))
     run_of(tmp_path).claim("report")
-    with pytest.raises(InputError, match="critic.normalize = 'turn', now it is 'none'"):
-        run_of(tmp_path, "--critic-normalize", "none").claim("report")
+    with pytest.raises(InputError, match="critic.beta = 1.0, now it is 0.5"):
+        run_of(tmp_path, "--critic-beta", "0.5").claim("report")
 
 
 @pytest.mark.parametrize("flags", [["--preset", "paper"], ["--preset", "one-gpu"], ["--task", "frontend"], ["--smoke"]])
@@ -625,22 +625,22 @@ def test_a_table_names_the_seed_that_failed_and_why(done, tmp_path):
         shutil.rmtree(root / "seed1" / name)
     rows = [{**json.loads(line), "reward": 0.0} for line in (done / "trajectories.jsonl").open()]
     write_lines(root / "seed1/trajectories.jsonl", rows)
-    running = sweet("table", "--run", root, *WHOLE, "--seeds", "2", "--jobs", "2")
+    running = sweet("table", "--run", root, *WHOLE, "--seeds", "2", "--jobs", "2", "--table-critics=without-c")
     code, out, line = ends(running)
     assert code == 1 and "1 of 2 seeds failed: seed 1: critic: " in line and "no successful dialogue" in line
     assert "seed 0" not in line and "|" not in out and not (root / "table.md").exists()
-    assert (root / "seed0/no-reference/eval.jsonl").exists()
+    assert (root / "seed0/without-c/eval.jsonl").exists()
 
 
 def test_a_seed_whose_process_was_killed_is_named_with_its_stage(tmp_path):
     def unfinished(folder, extra):
         return f"stage of {folder.name}{extra}"
-    dies = [sys.executable, "-c", "import os, sys; '--no-reference' in sys.argv and os.kill(os.getpid(), 9)"]
+    dies = [sys.executable, "-c", "import os, sys; '--critic=oracle' in sys.argv and os.kill(os.getpid(), 9)"]
     with pytest.raises(InputError) as end:
-        seeds.run_seeds(dies, tmp_path, [3], 1, unfinished)
-    assert "seed 3 without c: stage of seed3['--no-reference']: it ended with status -9" in str(end.value)
+        seeds.run_seeds(dies, tmp_path, [3], ["oracle"], 1, unfinished)
+    assert "seed 3 --critic=oracle: stage of seed3['--critic=oracle']: it ended with status -9" in str(end.value)
     fine = [sys.executable, "-c", "pass"]
-    assert seeds.run_seeds(fine, tmp_path, [3, 4], 2, unfinished) == [tmp_path / "seed3", tmp_path / "seed4"]
+    assert seeds.run_seeds(fine, tmp_path, [3, 4], [], 2, unfinished) == [tmp_path / "seed3", tmp_path / "seed4"]
 
 
 # ------------------------------------------------------------------ reasons

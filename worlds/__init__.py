@@ -12,14 +12,13 @@ that one.
 A dialogue is a list of messages {"role": "user" or "assistant", "content"}; a record is an evaluated trajectory.
 """
 import dataclasses
-import difflib
 from difflib import SequenceMatcher
 from html import escape
 from itertools import zip_longest
 
 import env
 from machinery.files import InputError
-from machinery.optional import make
+from machinery.optional import find
 from simulator import NO_PREFERENCE, make_human
 from worlds import tiny
 
@@ -28,16 +27,11 @@ KNOWN_WORLDS = {
     "frontend": "worlds.frontend:Frontend",
     "blind": "worlds.blind:Blind",
 }
-METHODS = ("base", "RFT", "multi-turn DPO", "SWEET", "SWEET without c")
 
 
 def find_world(spec):
     """The world that `--task` names: backend | frontend | blind | module:Class. InputError where there is none."""
-    if spec not in KNOWN_WORLDS and ":" not in spec:
-        near = difflib.get_close_matches(spec, KNOWN_WORLDS, 1)
-        perhaps = f" (perhaps {near[0]})" if near else ""
-        raise InputError(f"--task {spec}: expected {' or '.join(KNOWN_WORLDS)} or module:Class{perhaps}")
-    world = make(KNOWN_WORLDS.get(spec, spec), "--task")
+    world = find(spec, KNOWN_WORLDS, "--task")
     if not isinstance(world, World):
         raise InputError(f"--task {spec}: expected a subclass of worlds.World")
     return world
@@ -117,7 +111,7 @@ class World:
     # ------------------------------------------------------------------ in the report
 
     REWARD = "Tests passed"
-    PAPER = dict.fromkeys(METHODS, "-")  # the paper's figures, beside ours
+    PAPER = {}                       # the paper's figures {method: text}, beside ours
     PAIRED = False                   # True: the second figure of `figures` is against the base policy
     LEGEND = "Underlined: a line that reference or answer lacks."
 

@@ -391,7 +391,7 @@ class Frontend(World):
         "base": {"documents": 9000},
         "rollout": {"max_turns": MAX_TURNS, "max_tokens": 24},
         "pairs": {"margin": 0.1, "per_state": 4},
-        "critic": {"rank_against": "own"},
+        "critic": {"kind": "own"},
         "candidates": {"states": 2400},
         "actor": {"lr": 3e-3, "beta": 0.3, "nll": 0.5, "epochs": 2},
         "rft": {"lr": 3e-3, "epochs": 20},

@@ -1,0 +1,185 @@
+"""Best of N: the direct test of a critic, without any training of an actor (the paper's Figure 3a).
+
+At each turn of a held-out dialogue the initial policy says N things, and the one with the largest advantage is played.
+The critic reads the task's reference, the policy does not. A critic that knows good turns from bad ones makes N = 32
+better than N = 1; one that guesses does not, and one that is fooled makes it worse.
+
+The N candidates are the first N of the same stream of noise, so that a larger N adds candidates and changes none. The
+first one is the policy's own turn in the stage `eval`: N = 1 is the base policy at temperature 1, dialogue by dialogue.
+
+Place in the data flow: base/, critic/ and held-out tasks -> `play` -> best-of-n.jsonl beside the critic; those of
+several critics and seeds -> `main` -> best-of-n.md and best-of-n.svg. Exercised by `python -m pytest
+tests/test_best_of_n.py`. Differences from the paper: N = 16, too, and the small world's critics.
+"""
+import functools
+import itertools
+import operator
+import time
+from types import SimpleNamespace
+
+import numpy as np
+
+import actor
+import critic
+from env import DialogueEnv, render
+from machinery import charts
+from machinery.bootstrap import interval, resample_weights
+from machinery.files import InputError, put_text, read_jsonl, write_groups
+
+NUMBERS = (1, 2, 4, 8, 16, 32)
+
+
+# ------------------------------------------------------------------ dialogues
+
+class BestOfN:
+    """A policy that thinks before it speaks: it says several things to itself, and the critic picks one."""
+
+    def __init__(self, run):
+        load = functools.cache(run.model)  # scored turn by turn, but loaded once
+        self.run = run
+        self.scorer = SimpleNamespace(model=load, path=run.path, world=run.world, grade=run.grade)
+        self.model, self.tokenizer = load("base")
+        self.max_tokens = run.settings["rollout"].max_tokens
+
+    def candidates(self, seats):
+        """A state {"task", "messages", "candidates"} for each seat (env, n, key), in a single pass of sampling."""
+        prompts, keys = [], []
+        for env, n, key in seats:
+            prompt, _ = render(self.tokenizer, env.messages)
+            prompts += [prompt] * n
+            keys.append((key, env.turns))  # as actor.play_out names it
+            keys += [(key, env.turns, k) for k in range(1, n)]
+        turns = iter(actor.sample(self.model, self.tokenizer, prompts, keys, max_tokens=self.max_tokens))
+        states = []
+        for env, n, _ in seats:
+            found = actor.distinct(self.tokenizer, list(itertools.islice(turns, n)))
+            nothing = {"content": "", "output_ids": []}
+            states.append({
+                "task": env.task.to_record(),
+                "messages": env.messages,
+                "candidates": found or [nothing],
+            })
+        return states
+
+    def speak(self, seats):
+        """The best turn of each seat takes its dialogue on."""
+        states = self.candidates(seats)
+        contested = [state for state in states if len(state["candidates"]) > 1]
+        if contested:  # a choice is to be made somewhere
+            critic.score_reference(self.model, self.tokenizer, contested)
+            self.run.critic.score(self.scorer, contested, self.run.settings["critic"])
+        for (env, _, _), state in zip(seats, states):
+            best = state["candidates"][0]
+            if len(state["candidates"]) > 1:
+                best = max(state["candidates"], key=operator.itemgetter("advantage"))
+            env.step(best["content"], output_ids=best["output_ids"])
+
+    def play_out(self, seats, human):
+        """Play dialogues to their end, all in lock-step; one that the human leaves stays without an answer."""
+        while seats:
+            actor.ask_human(human, [env for env, _, _ in seats])
+            seats = [seat for seat in seats if seat[0].messages[-1]["role"] == "user"]
+            if seats:
+                self.speak(seats)
+            seats = [seat for seat in seats if seat[0].answer is None]
+
+
+def file_of(run):
+    """The dialogues of a run's critic."""
+    return run.path("critic").parent / "best-of-n.jsonl"
+
+
+def play(run, numbers=NUMBERS):
+    """best-of-n.jsonl of one critic: a dialogue on each held-out task with each N, {"critic", "n"} and what a
+    trajectory has. A stop loses no more than a group of dialogues."""
+    if file_of(run).exists():
+        return
+    cfg, tasks = run.settings["rollout"], run.held_out()
+    policy, human = BestOfN(run), run.human()
+    actor.check_tasks(policy.model, policy.tokenizer, tasks, cfg)
+
+    def group(part, _):
+        seats = []
+        for n, i in part:
+            env = DialogueEnv(cfg.max_turns, run.world.INSTRUCTIONS)
+            env.reset(tasks[i])
+            seats.append((env, n, (run.seed, "eval", i)))
+        policy.play_out(seats, human)
+        rewards = actor.graded([env for env, _, _ in seats if env.answer is not None], run.grade)
+        records = []
+        for env, n, _ in seats:
+            record = None  # the human left
+            if env.answer is not None:
+                record = {
+                    "critic": run.settings["critic"].kind,
+                    "n": n,
+                    "task": env.task.to_record(),
+                    "dialogue_history": env.messages,
+                    "answer": env.answer,
+                    "reward": next(rewards),
+                }
+            records.append(record)
+        return records
+    todo = list(itertools.product(numbers, range(len(tasks))))
+    write_groups(file_of(run), todo, max(1, run.machine.rows // 8), group, "best of n")
+
+
+# ------------------------------------------------------------------ figures
+
+def successes(run, numbers=NUMBERS):
+    """{N: the world's first figure of each held-out task, in %}. InputError where the file is of other tasks or N."""
+    path, found = file_of(run), {}
+    tasks = [task.to_record() for task in run.held_out()]
+    of = {}
+    for _, record in read_jsonl(path, ("n", "task", "reward")):
+        figure, _ = run.world.figures(record, record)
+        found.setdefault(record["n"], []).append(figure)
+        of.setdefault(record["n"], []).append(record["task"])
+    if of != dict.fromkeys(numbers, tasks):
+        raise InputError(f"{path}: is of other held-out tasks or other N than asked for now; delete it, and the same "
+                         "command plays them")
+    return found
+
+
+def means(runs, numbers=NUMBERS):
+    """{critic: [(mean, low, high) for each N, and at last for the gain of the largest N over the smallest]}, over the
+    runs (seeds) of each critic."""
+    by_critic = {}
+    for run in runs:
+        by_critic.setdefault(run.settings["critic"].kind, []).append(successes(run, numbers))
+    found = {}
+    for kind, seeds in by_critic.items():
+        weights_RN = resample_weights([len(seed[numbers[0]]) for seed in seeds])
+        drawn = [weights_RN @ np.concatenate([seed[n] for seed in seeds]) for n in numbers]
+        found[kind] = [interval(mean_R) for mean_R in (*drawn, drawn[-1] - drawn[0])]
+    return found
+
+
+def table(found, numbers=NUMBERS):
+    """Markdown: a row for each critic."""
+    header = ["critic", *(f"N = {n}" for n in numbers), f"{numbers[-1]} less {numbers[0]}"]
+    lines = [header, ["---"] * len(header)]
+    for kind, intervals in found.items():
+        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*row) for row in intervals]
+        lines.append([kind, *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(runs, out=None, numbers=NUMBERS):
+    """Best of N by the critic of each run (of several critics, and seeds, at will): plays what is missing, prints the
+    table, and writes it and its figure into the folder `out` (the first run's, unless given)."""
+    start = time.monotonic()
+    for run in runs:
+        play(run, numbers)
+    seconds = time.monotonic() - start
+    first, found = runs[0], means(runs, numbers)
+    figure, _ = first.world.headers(first.record.values)
+    n_tasks, n_seeds = len(first.held_out()), len({run.seed for run in runs})
+    text = (f"{table(found, numbers)}\n\nBest of N at each turn by the critic, {figure}, % of {n_tasks} held-out "
+            f"tasks, seeds: {n_seeds}. Brackets: 95 % intervals, bootstrap over seeds and tasks.\n")
+    lines = {kind: (numbers, intervals[:-1]) for kind, intervals in found.items()}
+    picture = charts.growth(f"{figure} by candidates a turn", lines, "candidates a turn, N", f"{figure}, %")
+    out = out or first.root
+    put_text(out / "best-of-n.md", text)
+    put_text(out / "best-of-n.svg", charts.standalone(picture))
+    print(f"{text}{seconds:.0f} s; {out / 'best-of-n.svg'}")
