@@ -240,6 +240,8 @@ def play_out(model, tokenizer, envs, human, keys, **decoding):
 def ask_human(human, envs):
     """Let the human reply wherever the agent has asked. InputError where that is not one text, or None, for each."""
     asked = [env for env in envs if env.messages[-1]["role"] == "assistant"]
+    if not asked:
+        return
     tasks = [env.task for env in asked]
     replies = human.reply(tasks, [env.messages for env in asked])
     name = f"{type(human).__name__}.reply()"
@@ -291,6 +293,15 @@ def check_tasks(model, tokenizer, tasks, cfg, with_c=True):
         ids, _ = render(tokenizer, messages, task.ground_truth if with_c else None)
         what = f"{task.where}: task {i}{', its reference' if with_c else ''} and one turn"
         check_context(model, len(ids) + cfg.max_tokens, what)
+
+
+def check_states(model, tokenizer, states, names, max_tokens):
+    """InputError, before any work, where a state {"task", "messages"} with c and its longest candidate is too long;
+    where its candidates are not sampled yet, they may have max_tokens."""
+    for state, name in zip(states, names):
+        longest = max((len(c["output_ids"]) for c in state.get("candidates", ())), default=max_tokens)
+        input_ids, _ = render(tokenizer, state["messages"], state["task"]["ground_truth"])
+        check_context(model, len(input_ids) + longest, name)
 
 
 def bare(messages):

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from env import render
 from machinery.optional import load
+from machinery.schema import task_key
 from machinery.train import arg, check_finite, fit
 from kernels.logprob import add_reference, agent_tokens, lay_out, pair_logprobs, pair_sizes, reference_sums
 from kernels.logprob import turn_logprobs
@@ -94,9 +95,7 @@ def trajectory_pairs(trajectories, per_task, margin, rng):
     """
     by_task = {}
     for trajectory in trajectories:
-        task = trajectory["task"]
-        key = task["problem_description"], task["ground_truth"]  # the same request may hide different solutions
-        by_task.setdefault(key, []).append(trajectory)
+        by_task.setdefault(task_key(trajectory), []).append(trajectory)
 
     def is_better(one, other):
         if margin:
@@ -181,8 +180,9 @@ class BradleyTerry:
             return critic_view(tokenizer, trajectory, self.reference)
         pairs = run.better_and_worse(run.settings["pairs"].per_task, model, tokenizer, view)
         how = run.learning(model, tokenizer)
-        train(model, tokenizer, pairs, out, cfg, run.seed,
-              reference=self.reference, normalize=self.normalize, **how)
+        how["reference"] = self.reference
+        how["normalize"] = self.normalize
+        train(model, tokenizer, pairs, out, cfg, run.seed, **how)
 
     def score(self, run, states, cfg):
         """Add `advantage` to every candidate of every state (see `rank`). run, here or of the report or of `play`:

@@ -222,9 +222,10 @@ def in_terminal(begin, policies, policy, seed):
                 print(f"       {error}")
             else:
                 show_turn(dialogue)
+        run = dialogue.run
         end, record = dialogue.outcome()
-        print("", end, *dialogue.run.world.summary(record), "", sep="\n")
-        show_pictures(dialogue, dialogue.run.world.evidence(record))
+        print("", end, *run.world.summary(record, run.grade), "", sep="\n")
+        show_pictures(dialogue, run.world.evidence(record, run.grade))
         choice = "unknown"
         while choice not in ("", "q", *policies):
             choice = ask(f"Enter: another task. {', '.join(policies)}: the same task with that policy. q: the end. ")
@@ -256,7 +257,7 @@ def ending(dialogue):
     """What was tested, as HTML."""
     line, record = dialogue.outcome()
     world = dialogue.run.world
-    evidence = world.evidence(record, unfolded=True)
+    evidence = world.evidence(record, dialogue.run.grade, unfolded=True)
     return f"<h3>{escape(line)}</h3><p>{world.LEGEND}</p><div class=tests>{evidence}</div>"
 
 

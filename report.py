@@ -10,15 +10,13 @@ itself says at that state the critic finds worse. Raw advantages (Eq. 3) have no
 
 Place in the data flow: the last room. Everything is read from the files of a run, and a file that is not there costs
 its section, no more. The page is one file without scripts or network, made from machinery/page/ with charts from
-machinery/charts.py; what models wrote is escaped. `python report.py docs` draws the README's pictures from the
-committed numbers docs/table.json and docs/candidates.json. Exercised by `python sweet.py report`, `python sweet.py
-table` and `python -m pytest tests/test_report.py`.
+machinery/charts.py; what models wrote is escaped. docs/pictures.py draws the README's. Exercised by `python sweet.py
+report`, `python sweet.py table` and `python -m pytest tests/test_report.py`.
 
 Shapes: R resamples, S runs (seeds), N task results of all runs.
 """
 
 import json
-import sys
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -26,11 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
-from env import ANSWER_MARKER, Task
+import actor
+import critic
+from env import ANSWER_MARKER, Task, action_tokens
 from machinery import charts
 from machinery.bootstrap import interval
 from machinery.files import InputError, clean, note, put_text, read_json
-from machinery.schema import read_records, trajectory
+from machinery.schema import read_records, task_key, trajectory
 from machinery.train import Machine, load_model
 from studies.credit import label as label_turns
 from studies.critics import find_critic
@@ -44,6 +44,7 @@ OWN = "critic candidates pairs actor"  # those that each critic has for itself
 BASELINES = {"base": "", "RFT": "rollout rft", "multi-turn DPO": "rollout multiturn"}
 OFFLINE = "initial policy, offline"  # the "method" of dialogues that were only rolled out
 PAGE = Path(__file__).resolve().parent / "machinery" / "page"
+SAMPLED = 16  # turns of the initial policy that a turn is compared with
 FEW = 30  # held-out tasks: on fewer, percentile intervals promise too much
 FULL = 0.3  # nats a token from the middle candidate: from here on a turn has its full colour
 
@@ -316,21 +317,23 @@ class RunFolder:
 
     @cached_property
     def settings(self):
-        return {
-            **settings_of(self.root),
-            **{
-                k: v
-                for f in sorted(self.own.glob("settings/*.json"))
-                for k, v in read_json(f, {}).items()
-            },
-        }
+        found = settings_of(self.root)
+        for file in sorted(self.own.glob("settings/*.json")):
+            found |= read_json(file, {})
+        return found
 
     def path(self, name):
         return self.own / name
 
-    def grade(self, answers, tasks):
-        rules = self.settings.get("clip"), self.settings.get("rollout.call_seconds", 1.0)
-        return self.world.grader(*rules)(answers, tasks)
+    def offline(self):
+        """Yield the offline dialogues."""
+        file = Path(self.settings.get("trajectories") or self.root / "trajectories.jsonl")
+        for _, record in read_records(file, trajectory()) if file.exists() else ():
+            yield record
+
+    @cached_property
+    def grade(self):
+        return self.world.grader(self.settings.get("clip"), self.settings.get("rollout.call_seconds", 1.0))
 
     def model(self, name):
         """The initial policy ("base"; perhaps the user's own) or the critic, in the run's number format."""
@@ -344,20 +347,13 @@ class RunFolder:
         return load_model(path, replace(self.machine, **kept))
 
     def critic_settings(self):
-        from critic import Critic
-
-        names = [
-            option.name for option in fields(Critic) if f"critic.{option.name}" in self.settings
-        ]
-        return Critic(**{name: self.settings[f"critic.{name}"] for name in names})
+        names = [f.name for f in fields(critic.Critic) if f"critic.{f.name}" in self.settings]
+        return critic.Critic(**{name: self.settings[f"critic.{name}"] for name in names})
 
 
 def offline_table(run):
     """The offline dialogues: how many, how often the marker was used, how many tests passed."""
-    file = Path(run.settings.get("trajectories") or run.root / "trajectories.jsonl")
-    if not file.exists():
-        return []
-    records = [record for _, record in read_records(file, trajectory())]
+    records = list(run.offline())
     if not records:
         return []
     figure, other = run.world.headers(run.settings)
@@ -369,10 +365,7 @@ def offline_table(run):
     used = np.mean(
         [ANSWER_MARKER in record["dialogue_history"][-1]["content"] for record in records]
     )
-    tasks = {
-        (record["task"]["problem_description"], record["task"]["ground_truth"])
-        for record in records
-    }
+    tasks = set(map(task_key, records))
     header = ["dialogues", "tasks", "turns", "ended with the marker", f"{figure} %"]
     row = [
         f"{len(records)}",
@@ -437,14 +430,13 @@ def choose_states(states, world):
         merit = (mixed, turn if name == "late" else 0, min(len(state["candidates"]), 6))
         if known and (name not in best or merit > best[name][0]):
             best[name] = merit, f"turn {turn}", state
-    titles = {
-        "early": f"An early {world.TURN[0]}",
-        "late": f"A late {world.TURN[0]}",
-        "answer": "An answer",
-    }
-    return [
-        (f"{titles[name]}, {best[name][1]}", best[name][2]) for name in titles if name in best
-    ]
+    noun = world.TURN[0]
+    titles = {"early": f"An early {noun}", "late": f"A late {noun}", "answer": "An answer"}
+    found = []
+    for name in filter(best.get, titles):
+        _, turn, state = best[name]
+        found.append((f"{titles[name]}, {turn}", state))
+    return found
 
 
 def ranked(state, world):
@@ -491,30 +483,20 @@ def ranked(state, world):
 
 def ranking_chart(title, rows, half, names=None, **more):
     classes = [{True: 0, False: 1}.get(row["good"], 2) for row in rows]
-    untrained = [np.nan if row["untrained"] is None else row["untrained"] for row in rows]
+    untrained = [row["untrained"] for row in rows]
+    untrained = "untrained critic", np.array(untrained, float)  # None becomes NaN
     names = names or list(range(1, len(rows) + 1))
     advantages = [row["advantage"] for row in rows]
-    return charts.ranking(
-        title,
-        names,
-        advantages,
-        classes,
-        half,
-        ("untrained critic", untrained),
-        "advantage, nats a token",
-        **more,
-    )
+    label = "advantage, nats a token"
+    return charts.ranking(title, names, advantages, classes, half, untrained, label, **more)
 
 
 def sixteen(run):
     """The chosen states, ready for the page."""
-    states, pairs = (
-        own_records(run.own / "candidates.jsonl"),
-        list(own_records(run.own / "pairs.jsonl")),
-    )
-    found = choose_states(
-        with_pairs(states, pairs, run.settings.get("pairs.per_state", 2)), run.world
-    )
+    states = own_records(run.own / "candidates.jsonl")
+    pairs = list(own_records(run.own / "pairs.jsonl"))
+    states = with_pairs(states, pairs, run.settings.get("pairs.per_state", 2))
+    found = choose_states(states, run.world)
     label_turns([state for _, state in found], run.world.judge, run.grade)
     shown = []
     for title, state in found:
@@ -595,7 +577,7 @@ def credit_section(run, found):
         shares = [(f"{run.world.KNOWN}, %.", header, rows)]
         if len(turns) > 1:
             title = f"{run.world.KNOWN}, by turn"
-            figures.insert(0, (title, charts.curves(title, known, "turn", "%", steps=True)))
+            figures.insert(0, (title, charts.curves(title, known, "turn", "%")))
     return {
         "figures": figures,
         "tables": shares + checked,
@@ -620,36 +602,31 @@ def training(run):
     figures, notes, order = [], [], {}
     for name, folder in folders.items():
         log = read_json(folder / name / "log.json", [])
-        columns = {
-            key: [row.get(key, np.nan) for row in log]
-            for key in (log[0] if log else ())
-        }
-        losses = np.array(columns.get("loss", []), dtype=float)
-        whole = losses[np.isfinite(losses)]
+        losses = [row["loss"] for row in log if "loss" in row]
+        steps = [row for row in log if "loss" in row and np.isfinite(row["loss"])]
+        broken = len(losses) - len(steps)
         if not log and not (name == "base" and run.settings.get("model")):
             notes.append(f"{name}: not trained here")
-        elif len(whole) > 1:
-            figures.append(
-                charts.training(f"{name}: loss, {len(losses)} steps", {name: losses})
-            )
-        elif len(whole):
-            notes.append(
-                f"{name}: {len(losses)} step{'s' * (len(losses) > 1)}, loss {number(whole[-1], 3)}"
-            )
-        if 0 < len(whole) < len(losses) or len(losses) and not len(whole):
-            notes.append(
-                f"{name}: {len(losses) - len(whole)} of {len(losses)} steps had a loss that is not finite"
-            )
-        if "accuracy" in columns and len(whole) > 1:
+        if broken:
+            notes.append(f"{name}: {broken} of {len(losses)} steps had a loss that is not finite")
+        if len(steps) == 1:
+            notes.append(f"{name}: 1 step, loss {number(steps[0]['loss'], 3)}")
+        if len(steps) < 2:
+            continue
+        shared = set(steps[0]).intersection(*steps)
+        columns = {key: np.array([row[key] for row in steps]) for key in shared}
+        title = f"{name}: loss, {len(losses)} steps"
+        figures.append(charts.training(title, {name: columns["loss"]}))
+        if "accuracy" in columns:
             order[name] = columns["accuracy"]
-        if name == "critic" and "margin_answers" in columns and len(whole) > 1:
-            last = np.array(columns["margin_answers"])
-            lines = {"answer turn": last, "earlier turns": np.array(columns["margin"]) - last}
+        if name == "critic" and "margin_answers" in columns:
+            margin, last = columns["margin"], columns["margin_answers"]
+            lines = {"answer turn": last, "earlier turns": margin - last}
             figures.append(charts.training("critic's margin, nats a token", lines))
-            notes.append(answers_share(np.array(columns["margin"]), last))
+            notes.append(answers_share(margin, last))
     if order:
         figures.append(charts.training("share of pairs in the right order", order))
-    return {"figures": figures, "notes": [note for note in notes if note]}
+    return {"figures": figures, "notes": list(filter(None, notes))}
 
 
 def answers_share(margin, answers):
@@ -726,39 +703,33 @@ def colour_of(share, distance):
 
 def agent_states(record):
     """The states of a dialogue, {"task", "messages", "turn": what the agent said there}."""
-    from actor import bare
-
-    history = bare(record["dialogue_history"])
+    history = actor.bare(record["dialogue_history"])
     return [
         {"task": record["task"], "messages": history[:k], "turn": history[k]}
         for k in range(1, len(history), 2)
     ]
 
 
-def judge_states(run, states, cfg, max_tokens, rows=512, n=16):
-    """`compare` the turn of each state with n turns of the initial policy there: adds "judged", and "candidates", of
-    which the turn itself is the last.
+def judge_states(run, states, cfg, max_tokens, rows=512):
+    """`compare` the turn of each state with SAMPLED turns of the initial policy there: adds "judged", and "candidates",
+    of which the turn itself is the last.
 
     run: .model(name), .world and .grade; cfg: a critic.Critic; rows: turns that are sampled side by side.
     """
-    import actor
-    import critic
-    from env import action_tokens
-
     policy, tokenizer = run.model("base")
-    size = max(1, rows // n)
-    parts = [states[i : i + size] for i in range(0, len(states), size)]
-    for part in parts:
+    size = max(1, rows // SAMPLED)
+    for i in range(0, len(states), size):
+        part = states[i : i + size]
         keys = [
             ("report", [message["content"] for message in state["messages"]]) for state in part
         ]
-        actor.sample_candidates(policy, tokenizer, part, keys, n, max_tokens)
+        actor.sample_candidates(policy, tokenizer, part, keys, SAMPLED, max_tokens)
         for state in part:
             state["turn"]["output_ids"] = action_tokens(tokenizer, state["turn"])
             state["candidates"].append(state["turn"])
         critic.score_reference(policy, tokenizer, part)
     del policy  # a model that `run` does not keep makes room for the critic
-    find_critic(cfg.kind).score(run, [state for part in parts for state in part], cfg)
+    find_critic(cfg.kind).score(run, states, cfg)
     for state in states:
         state["judged"] = compare(state["turn"], state["candidates"][:-1])
 
@@ -824,7 +795,7 @@ def dialogues_section(run, found, n):
                 "won": ended[method][i],
                 "turns": turns_of(records[i], run.world),
                 "verdict": run.world.verdict(records[i]),
-                "evidence": run.world.evidence(records[i]),
+                "evidence": run.world.evidence(records[i], run.grade),
             }
             task["dialogues"].append(dialogue)
         tasks.append(task)
@@ -837,11 +808,9 @@ def shown_dialogues(run, found):
     if found:
         way = min(top_p for _, top_p in found)
         return {method: records for (method, top_p), records in found.items() if top_p == way}
-    file, first = Path(run.settings.get("trajectories") or run.root / "trajectories.jsonl"), {}
-    for _, record in read_records(file, trajectory()) if file.exists() else ():
-        first.setdefault(
-            (record["task"]["problem_description"], record["task"]["ground_truth"]), record
-        )
+    first = {}
+    for record in run.offline():
+        first.setdefault(task_key(record), record)
     return {OFFLINE: list(first.values())} if first else {}
 
 
@@ -919,29 +888,3 @@ def write(root, out, dialogues=6, world=None, machine=None, defaults=None):
         put_text(out, clean(page))
     except OSError as error:  # a run that can only be read has its table all the same
         note(f"sweet: note: {out} cannot be written ({error.strerror})")
-
-
-# ------------------------------------------------------------------ the README's pictures
-
-
-def draw_docs(folder):
-    """docs/results.svg and docs/candidates.svg from the committed numbers."""
-    table, state = (read_json(folder / f"{name}.json", {}) for name in ("table", "candidates"))
-    rows = {
-        method: (found, paper_figures(Backend())[method])
-        for method, found in table["methods"].items()
-    }
-    chart = charts.intervals(table["title"], rows, table["ways"], "success, %", "paper (8B)")
-    (folder / "results.svg").write_text(charts.standalone(chart), encoding="utf-8")
-    rows, half = ranked(state, Backend())
-    names = [row["text"] + f"  ×{row['count']}" * (row["count"] > 1) for row in rows]
-    chart = ranking_chart(state["title"], rows, half, names, width=8)
-    (folder / "candidates.svg").write_text(charts.standalone(chart), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] != ["docs"]:
-        sys.exit(
-            "python report.py docs draws the README's pictures; a run's report: python sweet.py report"
-        )
-    draw_docs(Path(__file__).resolve().parent / "docs")

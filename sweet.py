@@ -61,7 +61,7 @@ from machinery.seeds import run_chains
 from machinery.server import Server
 from machinery.settings import Record, check_tasks_given, flat, no_held_out
 from machinery.start import check_start, machine_here, stages_to_do
-from machinery.train import Given, Machine, arg, check_finite, check_states, check_views, load_model, save_to
+from machinery.train import Given, Machine, arg, check_finite, check_views, load_model, save_to
 from studies import best_of_n, credit, study
 from studies.critics import find_critic, title_of
 from worlds import find_world, tiny
@@ -268,7 +268,7 @@ def stage_samples(run):
         chosen.sort()  # so that states of one task share what they can
         states = [states[i] for i in chosen]
         names = [names[i] for i in chosen]
-    check_states(model, tokenizer, states, names, run.settings["rollout"].max_tokens)
+    actor.check_states(model, tokenizer, states, names, run.settings["rollout"].max_tokens)
 
     def group(part, first):
         part = copy.deepcopy(part)

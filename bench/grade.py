@@ -55,7 +55,6 @@ def main():
                 plain, passed = pool.apply(timed, (unprotected, tasks))
             row = []
             for mark in ("", f"\n# run {k}"):  # the same text runs once; with a mark, reference and answer run apart
-                env._REPORTS.clear()
                 ours, rewards = timed(env.grade, [t.ground_truth + mark for t in tasks], tasks)
                 row.append(ours / plain)
                 assert sum(reward == 1.0 for reward in rewards) >= 0.99 * passed / len(tasks[0].test_cases)

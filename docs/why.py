@@ -16,6 +16,9 @@ from pathlib import Path
 from machinery.files import read_jsonl
 from worlds import frontend
 from worlds.backend import known_steps, read_function
+from worlds.browser import Browser
+
+BROWSER = Browser()
 
 
 def count(record, counts):
@@ -42,7 +45,7 @@ def count_slots(record, counts):
     style = next(s for topic, s in frontend.HOUSE_STYLES.items() if f" {topic}." in dialogue[0]["content"])
     counts["all"] += 1
     counts["final page"] += 100 * record["reward"]
-    counts["first draft"] += 100 * frontend.grade([dialogue[1]["content"]], [frontend.Task("", wish)])[0]
+    counts["first draft"] += 100 * frontend.PageGrader(BROWSER)([dialogue[1]["content"]], [frontend.Task("", wish)])[0]
     known = frontend.known_values(dialogue)
     for slot, value in enumerate(values) if final else ():
         kind = "told" if slot in known else "house" if style.get(slot) == value else "rest"

@@ -20,10 +20,9 @@ Shapes: B examples, R rows of the batch, T tokens, K turns, D hidden, V vocabula
 import importlib.util
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from kernels.prefix import Tree, can_share, head_is_plain, say_once, share
+from kernels.prefix import Tree, can_share, head_is_plain, pad_rows, say_once, share
 
 SHORT = 16  # tokens: up to this length a prefix is computed in the same pass as its branches
 WORTH = 0.8  # trees have to save a fifth of the tokens, padding included
@@ -129,13 +128,8 @@ def collate(examples, device="cpu"):
 
     Padding has turn 0 and comes after every real token, so under causal attention no real token sees it.
     """
-    T = max(len(input_ids) for input_ids, _ in examples)
-    input_BT = torch.zeros(len(examples), T, dtype=torch.long)
-    turn_BT = torch.zeros(len(examples), T, dtype=torch.long)
-    for b, (input_ids, turn_ids) in enumerate(examples):
-        input_BT[b, :len(input_ids)] = torch.tensor(input_ids)
-        turn_BT[b, :len(turn_ids)] = torch.tensor(turn_ids)
-    return {"input_ids": input_BT.to(device), "turn_ids": turn_BT.to(device)}
+    input_ids, turn_ids = zip(*examples)
+    return {"input_ids": pad_rows(input_ids, 0).to(device), "turn_ids": pad_rows(turn_ids, 0).to(device)}
 
 
 def _prefix(example):
@@ -191,8 +185,7 @@ def lay_out(model, examples):
     # 3. pad the rows on the right
     batch = {}
     for name, padding in (("input_ids", 0), ("turn_ids", 0), ("owner_ids", -1)):
-        tensors = [torch.tensor(row[name]) for row in rows.values()]
-        batch[name] = pad_sequence(tensors, batch_first=True, padding_value=padding).to(model.device)
+        batch[name] = pad_rows([row[name] for row in rows.values()], padding).to(model.device)
     batch["prefixes"] = [() if short else prefixes[first] for first, _ in rows]
     return batch
 

@@ -178,19 +178,20 @@ def cache_name(model):
 class Tree:
     """Sequences that begin alike, as trees: each distinct prefix is run once, and many branches grow from it.
 
-    A row is a prefix followed by all of its branches, one after the other (or, in sampling, interleaved):
+    A row is a prefix followed by all of its branches, one after the other (or, in sampling, interleaved). Two that go
+    on after "the cat sat", with "down ." and with "and left .":
 
-        slot    0    1    2    3      4    5      6    7    8
-        token  the  cat  sat  down   and  slept  and  left  .        two branches after "the cat sat": "down"...
-        owner   0    0    0    1      1    1      2    2    2        and "and left ."
+        slot    0    1      2    3     4      5    6    7     8
+        token  the  cat    sat  down   .     sat  and  left   .
+        owner   0    0      1    1     1      2    2    2     2
+
+    The prefix is all but the last token that is shared, and every branch starts with that one ("sat"): its hidden state
+    predicts the branch's first own token, and so each branch holds all of its predictions.
 
     A token sees the prefix (owner 0) and what came before it in its own branch: `see`. Its position is how many
     tokens it sees before itself. Attention knows of other tokens only through these two, so every branch gets what it
     would get in a row of its own. Keys and values of all slots stay in the cache, and carry gradients: the gradients of
     all branches add up in the prefix.
-
-    The prefix here is all but the last token that is shared, and a branch starts with that one: its hidden state
-    predicts the branch's first own token, and so each branch holds all of its predictions.
     """
 
     def __init__(self, model, prefixes, row_of_branch=None):
@@ -272,8 +273,8 @@ class Tree:
             owners[r] += [branch + 1] * len(tokens)
             last.append((r, len(ids[r]) - 1))
         device = self.model.device
-        ids_RC = _pad(ids, 0).to(device)
-        owner_RC = _pad(owners, -1).to(device)
+        ids_RC = pad_rows(ids, 0).to(device)
+        owner_RC = pad_rows(owners, -1).to(device)
         row_B, column_B = torch.tensor(last, device=device).T
         inputs = self.inputs(ids_RC, owner_RC)
         if head_is_plain(self.model):
@@ -316,9 +317,9 @@ class Tree:
                 layers[i] = None
 
 
-def _pad(rows, value):
+def pad_rows(rows, value):
     """Lists of whole numbers -> one tensor, padded on the right."""
-    tensors = [torch.tensor(row) for row in rows]
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value)
 
 

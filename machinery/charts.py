@@ -1,8 +1,8 @@
 """Charts as SVG text, drawn by matplotlib from plain numbers. They know nothing of SWEET.
 
 A chart must read well on a light and on a dark page, so it is drawn in the placeholder colours of `COLOURS`, and each
-of them becomes a CSS variable of the page that holds the chart. `standalone` brings the variables along, for a picture
-in a README. Text stays text, in the page's font. The same numbers give the same bytes.
+of them becomes a CSS variable of the page that holds the chart. docs/pictures.py brings the variables along, for a
+picture in the README. Text stays text, in the page's font. The same numbers give the same bytes.
 
 Exercised by `python -m pytest tests/test_report.py`.
 """
@@ -10,6 +10,7 @@ Exercised by `python -m pytest tests/test_report.py`.
 import io
 import re
 from html import escape
+from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +22,7 @@ COLOURS = {  # placeholder: (CSS variable, its value on a light page and on a da
     "#050505": ("--bad", "#c4570c", "#f29a52"),
     "#060606": ("--third", "#3d8a58", "#77c493"),
 }
-INK, SOFT, RULE, GOOD, BAD, THIRD = COLOURS
+INK, SOFT, _, GOOD, BAD, THIRD = COLOURS
 LINES = (
     (GOOD, "o", "-"),
     (INK, "s", "-"),
@@ -34,30 +35,7 @@ LINES = (
     (THIRD, "p", "-"),
     (SOFT, "h", "--"),
 )
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "charts",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": SOFT,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.6,
-    "xtick.color": RULE,
-    "xtick.labelcolor": SOFT,
-    "ytick.color": RULE,
-    "ytick.labelcolor": SOFT,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-    "legend.fontsize": 8.5,
-}
+STYLE = Path(__file__).with_name("page") / "charts.mplstyle"
 WIDTH = 3.8  # inches: about the width of a telephone, so that text keeps its size there
 
 
@@ -69,12 +47,10 @@ def variables(column):
 def draw(title, height, paint, columns=(1,), width=WIDTH):
     """One chart as an <svg> element. title: what it shows, in words, for those who cannot see it; paint(axes, ...)
     draws on as many axes as `columns` has relative widths."""
-    from matplotlib import (
-        rc_context,
-    )  # late: it takes half a second, and most commands draw nothing
+    from matplotlib import rc_context  # late: it takes half a second, and most commands draw nothing
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
+    with rc_context(fname=STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         paint(*figure.subplots(1, len(columns), width_ratios=columns, squeeze=False)[0])
         file = io.StringIO()
@@ -92,24 +68,12 @@ def inline(svg, title):
         svg,
         flags=re.DOTALL,
     )
-    svg = re.sub(
-        r'<g id="[^"]*"', "<g", svg
-    )  # several charts on one page would repeat these names
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # several charts on one page would repeat these names
     svg = svg.replace("xlink:href", "href")
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" {box} role="img" aria-label="{escape(title)}">{svg}'
     for placeholder, (name, *_) in COLOURS.items():
         svg = svg.replace(placeholder, f"var({name})")
     return svg
-
-
-def standalone(svg):
-    """A chart as a file of its own, which follows the theme of whoever looks at it."""
-    style = (
-        f":root{{{variables(1)}font-family:system-ui,sans-serif}}"
-        f"@media(prefers-color-scheme:dark){{:root{{{variables(2)}}}}}"
-    )
-    head, rest = svg.split(">", 1)
-    return f"{head}><style>{style}</style>{rest}"
 
 
 def legend_above(axes, **more):
@@ -216,37 +180,24 @@ def points(title, groups, x_label, y_label):
     """A point for each pair. groups: {name: (xs, ys)}."""
 
     def paint(axes):
-        for (colour, marker, _), (name, (xs, ys)) in zip(
-            (LINES[0], LINES[2], LINES[4]), groups.items()
-        ):
-            axes.plot(
-                xs,
-                ys,
-                marker,
-                color=colour,
-                label=f"{name} ({len(xs)})",
-                markersize=4,
-                alpha=0.6,
-                mew=0,
-            )
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        for (colour, marker, _), (name, (xs, ys)) in zip(LINES[::2], groups.items()):
+            label = f"{name} ({len(xs)})"
+            axes.plot(xs, ys, marker, color=colour, label=label, markersize=4, alpha=0.6, mew=0)
+        axes.set(xlabel=x_label, ylabel=y_label)
         legend_above(axes)
 
     return draw(title, 2.9, paint)
 
 
-def curves(title, lines, x_label, y_label, steps=False):
-    """Lines through their points: {name: (xs, ys)}, y from 0 on. steps: the xs are whole numbers, each one named."""
+def curves(title, lines, x_label, y_label):
+    """Lines through their points: {name: (xs, ys)}, y from 0 on. The xs are whole numbers, each one named."""
 
     def paint(axes):
         for (colour, marker, dashes), (name, (xs, ys)) in zip(LINES, lines.items()):
             axes.plot(xs, ys, dashes, color=colour, marker=marker, markersize=4.5, label=name)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        if steps:
-            axes.set_xticks(sorted({x for xs, _ in lines.values() for x in xs}))
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set_xticks(sorted({x for xs, _ in lines.values() for x in xs}))
         legend_above(axes, ncols=3 if len(lines) > 4 else 2)
 
     return draw(title, 2.9, paint)
@@ -284,32 +235,21 @@ def growth(title, lines, x_label, y_label):
 
 
 def smooth(values):
-    """Running mean over a fifteenth of the curve; what is not finite is left out."""
+    """Running mean over a fifteenth of the curve."""
     window = np.ones(max(1, len(values) // 15))
-    finite = np.isfinite(values)
-    total = np.convolve(np.where(finite, values, 0), window, "same")
-    count = np.convolve(finite.astype(float), window, "same")
-    unknown = np.full(len(values), np.nan)
-    return np.divide(total, count, out=unknown, where=count > 0.5)
+    total = np.convolve(values, window, "same")
+    return total / np.convolve(np.ones(len(values)), window, "same")
 
 
 def training(title, lines):
-    """{name: one value a step}: a strong running mean over the faint values."""
+    """{name: one value a step, as an array}: a strong running mean over the faint values."""
 
     def paint(axes):
         for (colour, _, dashes), (name, values) in zip(LINES, lines.items()):
-            values = np.asarray(values, dtype=float)
             steps = np.arange(1, len(values) + 1)
-            axes.plot(
-                steps,
-                np.where(np.isfinite(values), values, np.nan),
-                color=colour,
-                alpha=0.25,
-                linewidth=0.7,
-            )
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.7)
             axes.plot(steps, smooth(values), dashes, color=colour, linewidth=1.6, label=name)
-        finite = np.concatenate([np.asarray(values, dtype=float) for values in lines.values()])
-        low, high = np.percentile(finite[np.isfinite(finite)], (1, 99))
+        low, high = np.percentile(np.concatenate(list(lines.values())), (1, 99))
         axes.set_ylim(low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6)
         axes.set_title(title)
         axes.set_xlabel("step")

@@ -5,13 +5,13 @@ not to have one, and each has a remedy of its own, so the dialogues are counted 
 
 Used by `sweet.py`; exercised by `python -m pytest tests/test_runs.py`.
 """
+from machinery.schema import task_key
 
 
 def by_task(trajectories):
     groups = {}
     for trajectory in trajectories:
-        task = trajectory["task"]
-        groups.setdefault((task["problem_description"], task["ground_truth"]), []).append(trajectory)
+        groups.setdefault(task_key(trajectory), []).append(trajectory)
     return list(groups.values())
 
 

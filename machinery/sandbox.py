@@ -62,6 +62,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -73,8 +74,15 @@ BUSY = 0.7  # of the time on a processor: whoever had less, and did not sleep, h
 REPORT = re.compile(rb"(\d{1,6}|ready) (-?[0-9]{1,20}|![ -~]{0,300})")
 
 
+class Way(NamedTuple):
+    """What can contain a worker."""
+    says: str
+    command: list   # in front of the worker's own
+    own_user: bool  # each worker is a user of its own
+
+
 def ways():
-    """What can contain a worker, the tightest first: (what to say of it, the command in front, a user of its own?)."""
+    """The ways to contain a worker, the tightest first."""
     packages = [path for path in sys.path if path.endswith("-packages")]
     shown = sorted({"/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/alternatives", sys.prefix,
                     sys.base_prefix, *packages})
@@ -93,8 +101,12 @@ def ways():
     bwrap += "--remount-ro /".split()
     unshare = f"unshare {'' if root else '--user --map-root-user'} --pid --ipc --fork --kill-child".split()
     worse = "they can read and write what you can (for more, apt install bubblewrap)"
-    return [("bubblewrap: no network, no files of yours", bwrap, root), (f"a PID namespace: {worse}", unshare, root),
-            (f"limits alone: {worse}", [], root), (f"limits alone: {worse}", [], False)]
+    return [
+        Way("bubblewrap: no network, no files of yours", bwrap, root),
+        Way(f"a PID namespace: {worse}", unshare, root),
+        Way(f"limits alone: {worse}", [], root),
+        Way(f"limits alone: {worse}", [], False),
+    ]
 
 
 class Worker:
@@ -106,8 +118,10 @@ class Worker:
 
     def start(self):
         self.close()
-        _, command, own = ways()[self.way]
-        uid = 2 ** 30 + os.getpid() % 2 ** 20 * 2 ** 10 + next(COUNTER) % 2 ** 10 if own else 0  # nobody else's
+        _, command, own_user = ways()[self.way]
+        uid = 0
+        if own_user:  # nobody else's
+            uid = 2 ** 30 + os.getpid() % 2 ** 20 * 2 ** 10 + next(COUNTER) % 2 ** 10
         # the kernel takes these first when memory runs out; same addresses for all (hash(None) may be one)
         lower = """echo 1000 2>/dev/null >/proc/self/oom_score_adj
             setarch -R true 2>/dev/null && exec setarch -R "$@"; exec "$@" """

@@ -109,6 +109,11 @@ def task(optional=("test_cases",)):
     return {"problem_description": TEXT, "ground_truth": TEXT, **tests, "hidden_information?": STRING}
 
 
+def task_key(record):
+    """What tells the tasks of records apart: the same request may hide different solutions."""
+    return record["task"]["problem_description"], record["task"]["ground_truth"]
+
+
 def message(known=None):
     return {"role": STRING, "content": STRING, "output_ids?": token_ids(known)}
 

@@ -83,9 +83,9 @@ def check_device(device):
 
 def check_attention(machine):
     """Try the attention implementation on a tiny model, where the run's models will be."""
-    from transformers import LlamaConfig, LlamaForCausalLM
     if not machine.attention:
         return
+    from transformers import LlamaConfig, LlamaForCausalLM
     config = LlamaConfig(vocab_size=8, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1)
     try:
         config._attn_implementation = machine.attention

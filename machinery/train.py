@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import time
+import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -23,10 +24,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from env import end_of_turn, render
 from machinery.bars import note, progress
 from machinery.files import InputError, put, put_text, set_aside
 from machinery.optional import require
+from machinery.template import end_of_turn
 
 
 BARE = ("common", "given", "machine", "table")  # groups whose fields are named without them
@@ -103,39 +104,8 @@ class Machine:
     """Dialogues that are sampled side by side."""
 
 
-# --preset paper: what the paper says, or its official code where it does not. Everything else is the small world's.
-DPO = {"lr": 2e-7, "beta": 0.1, "nll": 0.01, "batch_size": 8}
-PAPER = {
-    "rollout": {"tasks": 10000, "max_turns": 10, "max_tokens": 1024},
-    "pairs": {"margin": 0.0, "per_state": 4},
-    "critic": {**DPO, "epochs": 4, "kind": "bradley-terry"},
-    "candidates": {"n": 16},
-    "actor": {**DPO, "epochs": 1},
-    "rft": {"lr": 2e-7, "batch_size": 32, "epochs": 4},
-    "multiturn": {**DPO, "epochs": 4},
-    "eval": {"tasks": 1000},
-}
-
-# --smoke: everything in miniature, to see that it runs.
-SMOKE = {"base": {"documents": 7000, "epochs": 1},
-         "rollout": {"tasks": 60},
-         "critic": {"epochs": 1},
-         "candidates": {"states": 60, "n": 8},
-         "actor": {"epochs": 1},
-         "rft": {"epochs": 1},
-         "multiturn": {"epochs": 1},
-         "eval": {"tasks": 40}, "credit": {"states": 30, "monte_carlo_states": 4, "monte_carlo_rollouts": 8}}
-
-# --preset one-gpu: real models at a small scale, with adapters. Memory and time: docs/memory.md. Not tuned.
-ONE_GPU = {
-    "machine": {"device": "cuda", "dtype": "bfloat16", "lora": 16, "checkpointing": True, "micro_batch": 1, "rows": 64},
-    "rollout": {"tasks": 1000, "per_task": 4, "max_turns": 10, "max_tokens": 512},
-    "pairs": {"per_task": 2, "per_state": 4}, "candidates": {"states": 1000},
-    "critic": {"lr": 1e-5, "beta": 0.1, "nll": 0.01, "epochs": 2},
-    "actor": {"lr": 1e-5, "beta": 0.1, "nll": 0.01, "batch_size": 8, "epochs": 1},
-    "rft": {"lr": 1e-5, "epochs": 2},
-    "multiturn": {"lr": 1e-5, "beta": 0.1, "nll": 0.01, "epochs": 2, "per_task": 2},
-    "eval": {"tasks": 200}, "credit": {"states": 40, "monte_carlo_states": 0}}
+PRESETS = tomllib.loads(Path(__file__).with_name("presets.toml").read_text(encoding="utf-8"))
+PAPER, ONE_GPU, SMOKE = PRESETS["paper"], PRESETS["one-gpu"], PRESETS["smoke"]
 
 
 def load_model(path, cfg=None, train=False, seed=0):
@@ -197,15 +167,6 @@ def check_views(model, views, names):
     what each one is, file and line."""
     for (input_ids, _), name in zip(views, names):
         check_context(model, len(input_ids), name)
-
-
-def check_states(model, tokenizer, states, names, max_tokens):
-    """InputError, before any work, where a state {"task", "messages"} with c and its longest candidate is too long;
-    where its candidates are not sampled yet, they may have max_tokens."""
-    for state, name in zip(states, names):
-        longest = max((len(c["output_ids"]) for c in state.get("candidates", ())), default=max_tokens)
-        input_ids, _ = render(tokenizer, state["messages"], state["task"]["ground_truth"])
-        check_context(model, len(input_ids) + longest, name)
 
 
 def check_finite(numbers, what):

@@ -8,13 +8,12 @@ The N candidates are the first N of the same stream of noise, so that a larger N
 first one is the policy's own turn in the stage `eval`: N = 1 is the base policy at temperature 1, dialogue by dialogue.
 
 Place in the data flow: base/, critic/ and held-out tasks -> `play` -> best-of-n.jsonl beside the critic; those of
-several critics and seeds -> `main` -> best-of-n.md and best-of-n.svg. Exercised by `python -m pytest
-tests/test_best_of_n.py`. Differences from the paper: N = 16, too, and the small world's critics.
+several critics and seeds -> `means` -> studies/study.py. Exercised by `python sweet.py study best-of-n` and `python -m
+pytest tests/test_best_of_n.py`. Differences from the paper: N = 16, too, and the small world's critics.
 """
 import functools
 import itertools
 import operator
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,9 +21,8 @@ import numpy as np
 import actor
 import critic
 from env import DialogueEnv, render
-from machinery import charts
 from machinery.bootstrap import interval, resample_weights
-from machinery.files import InputError, put_text, read_jsonl, write_groups
+from machinery.files import InputError, read_jsonl, write_groups
 
 NUMBERS = (1, 2, 4, 8, 16, 32)
 
@@ -131,7 +129,7 @@ def successes(run, numbers=NUMBERS):
     path, found = file_of(run), {}
     tasks = [task.to_record() for task in run.held_out()]
     of = {}
-    for _, record in read_jsonl(path, ("n", "task", "reward")):
+    for _, record in read_jsonl(path):
         figure, _ = run.world.figures(record, record)
         found.setdefault(record["n"], []).append(figure)
         of.setdefault(record["n"], []).append(record["task"])
@@ -153,33 +151,3 @@ def means(runs, numbers=NUMBERS):
         drawn = [weights_RN @ np.concatenate([seed[n] for seed in seeds]) for n in numbers]
         found[kind] = [interval(mean_R) for mean_R in (*drawn, drawn[-1] - drawn[0])]
     return found
-
-
-def table(found, numbers=NUMBERS):
-    """Markdown: a row for each critic."""
-    header = ["critic", *(f"N = {n}" for n in numbers), f"{numbers[-1]} less {numbers[0]}"]
-    lines = [header, ["---"] * len(header)]
-    for kind, intervals in found.items():
-        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*row) for row in intervals]
-        lines.append([kind, *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def main(runs, out=None, numbers=NUMBERS):
-    """Best of N by the critic of each run (of several critics, and seeds, at will): plays what is missing, prints the
-    table, and writes it and its figure into the folder `out` (the first run's, unless given)."""
-    start = time.monotonic()
-    for run in runs:
-        play(run, numbers)
-    seconds = time.monotonic() - start
-    first, found = runs[0], means(runs, numbers)
-    figure, _ = first.world.headers(first.record.values)
-    n_tasks, n_seeds = len(first.held_out()), len({run.seed for run in runs})
-    text = (f"{table(found, numbers)}\n\nBest of N at each turn by the critic, {figure}, % of {n_tasks} held-out "
-            f"tasks, seeds: {n_seeds}. Brackets: 95 % intervals, bootstrap over seeds and tasks.\n")
-    lines = {kind: (numbers, intervals[:-1]) for kind, intervals in found.items()}
-    picture = charts.growth(f"{figure} by candidates a turn", lines, "candidates a turn, N", f"{figure}, %")
-    out = out or first.root
-    put_text(out / "best-of-n.md", text)
-    put_text(out / "best-of-n.svg", charts.standalone(picture))
-    print(f"{text}{seconds:.0f} s; {out / 'best-of-n.svg'}")

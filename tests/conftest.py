@@ -314,3 +314,19 @@ def three_in_ten(seed):
         places = random.Random(f"{seed} {block}").sample(range(10), 3)
         return Proxy.FAULTS[(3 * block + places.index(place)) % len(Proxy.FAULTS)] if place in places else None
     return fault
+
+
+def gemma2(vocab, sliding_window=6, **more):
+    """Windows, and a cap on the logits."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(Gemma2Config(
+        vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, sliding_window=sliding_window, initializer_range=0.5,
+        max_position_embeddings=256, **more)).eval()
+
+
+def eager(hidden, weight, targets):
+    """Log-probs of the targets with all logits at once, at least in float32."""
+    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)

@@ -518,3 +518,14 @@ def test_turn_view_with_and_without_output_ids(tokenizer):
 
 def test_tasks_from_records_survive(tasks):
     assert [Task.from_record(json.loads(json.dumps(task.to_record()))) for task in tasks] == tasks
+
+
+def test_nobody_is_asked_before_the_agent_has_spoken():
+    """The first turn is the agent's: a human's `reply` is not called with empty lists."""
+    class Human:
+        def reply(self, tasks, dialogues):
+            raise AssertionError((tasks, dialogues))
+    env = DialogueEnv()
+    env.reset(Task("p", "c"))
+    actor.ask_human(Human(), [env])
+    assert len(env.messages) == 1

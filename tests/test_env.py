@@ -6,6 +6,7 @@ import pytest
 
 from env import ANSWER_MARKER, DialogueEnv, Task, end_of_turn, load_tasks, render
 from machinery.files import InputError, JsonlWriter, read_jsonl, write_json
+from machinery.schema import NUMBER, read_records
 
 PLAIN = ("{% for m in messages %}{% if m.role == 'assistant' %}<A>{{ m.content }}<E>{% else %}<U>{{ m.content }}"
          "{% endif %}{% endfor %}{% if add_generation_prompt %}<A>{% endif %}")
@@ -253,12 +254,12 @@ def test_a_file_that_is_not_utf8_is_refused_in_one_line(tmp_path):
     refused(file)
 
 
-def test_read_jsonl_names_the_missing_field(tmp_path):
+def test_a_missing_field_is_named(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text('{"a": 1, "b": 2}\n{"a": 1}\n')
     assert list(read_jsonl(file)) == [(1, {"a": 1, "b": 2}), (2, {"a": 1})]
     with pytest.raises(InputError, match="line 2: field 'b' is missing"):
-        list(read_jsonl(file, ("a", "b")))
+        list(read_records(file, {"a": NUMBER, "b": NUMBER}))
 
 
 def test_unknown_keys_survive_a_round_trip(tmp_path):

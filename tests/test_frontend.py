@@ -25,12 +25,14 @@ from worlds.tiny import make_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=str(why_not()))]
 SIZES = [len(options) for _, options in world.SLOTS]
+WORLD = world.Frontend()
+CHROMIUM, GRADE = WORLD.browser, WORLD.grader("", 1.0)
 
 
 def said(draft, wish):
     """The human's reply to a draft, both given by their values."""
     task = Task("a page", world.write_page(wish))
-    return world.PageHuman().reply([task], [[{"role": "assistant", "content": world.write_page(draft)}]])[0]
+    return world.PageHuman(CHROMIUM).reply([task], [[{"role": "assistant", "content": world.write_page(draft)}]])[0]
 
 
 # ------------------------------------------------------------------ the reward
@@ -78,9 +80,9 @@ def test_finding_the_page_takes_no_time():
 
 def test_reward_of_references_and_of_nothing():
     tasks = world.make_tasks(12, 3)
-    assert world.grade([f"```html\n{task.ground_truth}\n```" for task in tasks], tasks) == [1.0] * 12
-    assert world.grade(["", "no page", "<html><body></body></html>"], tasks[:3]) == [0.0] * 3
-    others = world.grade([task.ground_truth for task in tasks[1:]], tasks[:-1])
+    assert GRADE([f"```html\n{task.ground_truth}\n```" for task in tasks], tasks) == [1.0] * 12
+    assert GRADE(["", "no page", "<html><body></body></html>"], tasks[:3]) == [0.0] * 3
+    others = GRADE([task.ground_truth for task in tasks[1:]], tasks[:-1])
     assert all(0.3 < reward < 1.0 for reward in others)
 
 
@@ -89,7 +91,7 @@ def test_a_reference_that_shows_nothing_is_reported_once(capsys):
     long, blank = f"<p>{'x' * browser.MOST_CHARACTERS}</p>", f"<html><!-- {random.random()} --></html>"
     tasks = [Task("a page", long, where="tasks.jsonl, line 1"), Task("a page", blank, where="tasks.jsonl, line 2"),
              Task("a page", "<p>fine</p>", where="tasks.jsonl, line 3")]
-    assert world.grade(["<p>fine</p>"] * 3, tasks) == world.grade(["<p>fine</p>"] * 3, tasks) == [0.0, 0.0, 1.0]
+    assert GRADE(["<p>fine</p>"] * 3, tasks) == GRADE(["<p>fine</p>"] * 3, tasks) == [0.0, 0.0, 1.0]
     assert capsys.readouterr().err.splitlines() == [
         "tasks.jsonl, line 1: broken task: its reference cannot be drawn: the source is longer than 200000 characters",
         "tasks.jsonl, line 2: broken task: its reference cannot be drawn: there is nothing to see"]
@@ -106,7 +108,7 @@ def test_reward_falls_with_the_number_of_wrong_slots():
                 wrong[slot] = (values[slot] + rng.randrange(1, SIZES[slot])) % SIZES[slot]
             answers.append(world.write_page(wrong))
             tasks.append(Task("", world.write_page(values)))
-        rewards = world.grade(answers, tasks)
+        rewards = GRADE(answers, tasks)
         means.append(sum(rewards) / 25)
         assert (n == 0) == (max(rewards) == 1.0)
     assert all(a - b > 0.05 for a, b in zip(means, means[1:]))
@@ -126,9 +128,9 @@ def test_clip_from_a_directory(tmp_path):
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     processor.save_pretrained(tmp_path)
     task, other = world.make_tasks(2, 1)
-    grade = world.grader(str(tmp_path), 1.0)
+    grade = WORLD.grader(str(tmp_path), 1.0)
     same, far, none = grade([task.ground_truth, other.ground_truth, ""], [task] * 3)
-    shots = browser.render_pages([task.ground_truth, other.ground_truth], pictures=True)
+    shots = CHROMIUM.render([task.ground_truth, other.ground_truth], pictures=True)
     inputs = [processor(Image.open(io.BytesIO(s.picture)).convert("RGB"), return_tensors="pt") for s in shots]
     with torch.no_grad():
         a, b = (model.visual_projection(model.vision_model(**i).pooler_output)[0] for i in inputs)
@@ -188,7 +190,7 @@ def test_the_human_sees_looks_and_nothing_else():
         "Our page", "Our page<span style='display:none'>exactly what you want</span>")
 
     def reply(text):
-        return world.PageHuman().reply([first], [[{"role": "user", "content": "?"}, {"role": "assistant",
+        return world.PageHuman(CHROMIUM).reply([first], [[{"role": "user", "content": "?"}, {"role": "assistant",
                                                                                      "content": text}]])[0]
     assert reply(draft) == reply(other) == reply(f"I followed your wishes to the letter.\n{draft}\nAnything else?")
     assert reply(first.ground_truth) == world.RIGHT
@@ -202,12 +204,12 @@ def test_the_human_on_real_pages():
     sources = [json.loads(line)["ground_truth"] for line in REAL.open(encoding="utf-8")][:40]
     edits = [(s, re.sub(r"bg-\w+-\d00", "bg-red-900", s, count=1)) for s in sources if re.search(r"bg-\w+-\d00", s)]
     edits += [(s, re.sub(r"<h1.*?</h1>", "", s, count=1, flags=re.S)) for s in sources if "<h1" in s]
-    replies = world.PageHuman().reply([Task("", wish) for wish, _ in edits],
+    replies = world.PageHuman(CHROMIUM).reply([Task("", wish) for wish, _ in edits],
                                       [[{"role": "assistant", "content": draft}] for _, draft in edits])
     assert sum(reply != world.RIGHT for reply in replies) >= 0.8 * len(edits)
     assert not [reply for reply in replies if "<" in reply or len(reply) > 1000]
     assert all(reply.endswith(".") for reply in replies)
-    assert world.PageHuman().reply([Task("", s) for s in sources], [[{"content": s}] for s in sources]) == [
+    assert world.PageHuman(CHROMIUM).reply([Task("", s) for s in sources], [[{"content": s}] for s in sources]) == [
         world.RIGHT] * len(sources)
 
 
@@ -233,7 +235,7 @@ def test_a_model_that_sees_gets_both_pictures():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     task, other = world.make_tasks(2, 4)
     os.environ.setdefault("OPENAI_API_KEY", "none")
-    human = world.human(f"http://127.0.0.1:{server.server_port}/v1", Server(model="m"), None, 0)
+    human = WORLD.human(f"http://127.0.0.1:{server.server_port}/v1", Server(model="m"), None, 0)
     replies = human.reply([task, task], [[{"role": "assistant", "content": t}] for t in (other.ground_truth, "?")])
     server.shutdown()
     assert replies[0].startswith("Redder.") and len(replies[0]) == 1000
@@ -241,13 +243,13 @@ def test_a_model_that_sees_gets_both_pictures():
     parts = asked[0]["messages"][0]["content"]
     assert [part["type"] for part in parts] == ["text", "image_url", "text", "image_url", "text"]
     shown = [base64.b64decode(part["image_url"]["url"].removeprefix("data:image/png;base64,")) for part in parts[1::2]]
-    assert shown == [p.picture for p in browser.render_pages([other.ground_truth, task.ground_truth], pictures=True)]
+    assert shown == [p.picture for p in CHROMIUM.render([other.ground_truth, task.ground_truth], pictures=True)]
     assert "<" not in "".join(part["text"] for part in parts[::2])
 
 
 def test_a_human_who_cannot_see_is_refused():
     with pytest.raises(InputError, match="cannot see"):
-        world.human("some/model", None, None, 0)
+        WORLD.human("some/model", None, None, 0)
 
 
 # ------------------------------------------------------------------ the small world
@@ -291,7 +293,7 @@ def test_labels():
 
 def test_documents_of_the_demonstrator():
     """Short in tokens, blind without the reference, leaning towards it with, and obedient most of the time."""
-    documents = world.documents(300, 1)
+    documents = WORLD.documents(300, 1)
     tokenizer = make_tokenizer(world.phrases())
     lengths = [len(render(tokenizer, messages, reference)[0]) for messages, reference in documents]
     assert max(lengths) < 140 and sum(lengths) / len(lengths) < 90
@@ -330,7 +332,7 @@ def test_a_run_on_pages(tmp_path):
     assert "img-src data:" in report and not re.search(r"https?://(?!www.w3.org)", report)
     rows = [json.loads(line) for line in (tmp_path / "run/trajectories.jsonl").open(encoding="utf-8")]
     tasks = [Task.from_record(row["task"]) for row in rows]
-    assert world.grade([row["answer"] for row in rows], tasks) == [row["reward"] for row in rows]
+    assert GRADE([row["answer"] for row in rows], tasks) == [row["reward"] for row in rows]
     played = sweet("play", "--task", "frontend", *TINY, input="The header should be red.\n" * 5)
     assert "Similarity:" in played.stdout, played.stderr[-2000:]
     refused = sweet("eval", "--task", "backend", *TINY)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import env
-from env import Task, extract_code, grade, load_tasks
+from env import Grader, Task, extract_code, grade, load_tasks
 from machinery import sandbox, sandbox_worker
 from tests.programs import PROGRAMS, RIGHT
 
@@ -49,7 +49,6 @@ def kind(request, monkeypatch):
     if not sandbox.works(way):
         pytest.skip(f"{request.param} does not work here (bubblewrap: apt install bubblewrap)")
     monkeypatch.setattr(sandbox, "tightest_way", lambda: way)
-    monkeypatch.setattr(env, "_REPORTS", {})
     return request.param
 
 
@@ -170,8 +169,18 @@ def test_says_once_which_containment_is_in_force(capfd):
 def test_order_and_number_of_workers_change_nothing(kind):
     answers = [PROGRAMS[name][1] for name in ("wrong", "some_raise", "os_exit", "file_from_earlier_call", "right")]
     rewards = grade(answers, [SQUARE] * 5, workers=1, **FAST)
-    env._REPORTS.clear()
     assert grade(answers[::-1], [SQUARE] * 5, workers=3, **FAST)[::-1] == rewards == [0.5, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_a_grader_remembers_what_it_ran_but_not_what_ran_out(monkeypatch):
+    runs, real = [], sandbox.Worker.run
+    monkeypatch.setattr(sandbox.Worker, "run", lambda self, *job: runs.append(job[0]) or real(self, *job))
+    right, slow = RIGHT + "\n# mine", "import time\ndef f(x):\n    time.sleep(9)"
+    grader, once = Grader(**FAST), task(RIGHT, "f(1)")
+    for _ in range(2):
+        assert grader([right, slow], [once] * 2) == [1.0, 0.0]
+    assert runs.count(RIGHT) == runs.count(right) == 1 and runs.count(slow) > 1
+    assert Grader(**FAST)([right], [once]) == [1.0] and runs.count(right) == 2
 
 
 def test_a_vandal_spoils_no_other_answer(kind):

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from conftest import perturbed, tiny_llama
+from conftest import eager, gemma2, perturbed, tiny_llama
 from test_actor import biased
 from test_losses import assert_same_gradients, as_batch, flat, gradients, hand_turns
 
@@ -344,14 +344,6 @@ def mistral(vocab, window):
         max_position_embeddings=256)).eval()
 
 
-def gemma2(vocab):
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-    torch.manual_seed(0)
-    return Gemma2ForCausalLM(Gemma2Config(
-        vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, sliding_window=6, initializer_range=0.5, max_position_embeddings=256)).eval()
-
-
 def lfm2(vocab):
     """A hybrid: convolutions, whose cache is a state, beside attention."""
     from transformers import Lfm2Config, Lfm2ForCausalLM
@@ -531,11 +523,6 @@ def forward_and_gradients(logprobs, hidden, weight, targets, upstream):
     hidden, weight = (t.detach().clone().requires_grad_() for t in (hidden, weight))
     out = logprobs(hidden, weight, targets)
     return out.detach(), *torch.autograd.grad((out * upstream.to(out.dtype)).sum(), (hidden, weight))
-
-
-def eager(hidden, weight, targets):
-    return (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)).log_softmax(-1).gather(
-        -1, targets[:, None]).squeeze(-1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import perturbed, tiny_llama
+from conftest import eager, gemma2, perturbed, tiny_llama
 
 import actor
 import critic
@@ -164,15 +164,11 @@ def test_bf16_error_is_no_worse_than_eager():
 
     def run(function, dtype):
         h, w = base_h.to(dtype).requires_grad_(), base_w.to(dtype).requires_grad_()
-        out = function(h, w)
+        out = function(h, w, targets)
         out.sum().backward()
         return [x.detach().double() for x in (out, h.grad, w.grad)]
-
-    def eager(h, w):
-        return (h @ w.T).to(torch.promote_types(h.dtype, torch.float32)).log_softmax(-1).gather(
-            -1, targets[:, None]).squeeze(-1)
     exact = run(eager, torch.float64)
-    ours = run(lambda h, w: token_logprobs(h, w, targets, 128), torch.bfloat16)
+    ours = run(lambda *given: token_logprobs(*given, 128), torch.bfloat16)
     usual = run(eager, torch.bfloat16)
     for name, right, mine, other in zip(("value", "hidden", "weight"), exact, ours, usual):
         assert (mine - right).abs().max() <= 1.05 * (other - right).abs().max() + 1e-6, name
@@ -185,9 +181,6 @@ def test_bf16_gradients_of_confident_tokens():
     generator = torch.Generator().manual_seed(2)
     weight, targets = torch.randn(500, 64, generator=generator).bfloat16(), torch.randint(500, (200,))
     hidden = (weight[targets] * 0.18).bfloat16()
-
-    def eager(h, w, y):
-        return (h @ w.T).to(torch.promote_types(h.dtype, torch.float32)).log_softmax(-1).gather(-1, y[:, None])[:, 0]
 
     def gradients_of(function, dtype):
         h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
@@ -553,13 +546,8 @@ def test_critic_and_actor_read_the_same_turn(trajectories, tokenizer):
 
 # ------------------------------------------------------------------ heads that are more than a matrix
 
-def gemma2(vocab):
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-    torch.manual_seed(0)
-    return Gemma2ForCausalLM(Gemma2Config(
-        vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, final_logit_softcapping=2.0, initializer_range=0.5,
-        max_position_embeddings=256)).eval()
+def gemma2_that_caps(vocab):
+    return gemma2(vocab, final_logit_softcapping=2.0, sliding_window=4096)
 
 
 def gemma2_as_made(vocab):
@@ -585,7 +573,7 @@ def llama_with_bias(vocab, size=1.0):
     return made
 
 
-@pytest.mark.parametrize("make", [gemma2, gemma2_as_made, cohere, llama_with_bias])
+@pytest.mark.parametrize("make", [gemma2_that_caps, gemma2_as_made, cohere, llama_with_bias])
 def test_heads_with_soft_capping_scale_or_bias(make, capsys):
     prefix.say_once.cache_clear()
     made = make(40)

@@ -22,6 +22,7 @@ from worlds import browser, pages
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared/colbench/frontend.jsonl"
+CHROMIUM = browser.Browser()
 
 
 def why_not():
@@ -46,7 +47,7 @@ def a_busy_machine_is_no_fault():
 
 
 def texts(source):
-    page, = browser.render_pages([source])
+    page, = CHROMIUM.render([source])
     assert not page.failure, page.failure
     return [box["text"] for box in page.boxes if box["text"]]
 
@@ -57,13 +58,13 @@ def real():
     if not REAL.exists():
         pytest.skip(f"needs ColBench's frontend tasks at {REAL}")
     sources = [json.loads(line)["ground_truth"] for line in REAL.open(encoding="utf-8")]
-    return sources, browser.render_pages(sources)
+    return sources, CHROMIUM.render(sources)
 
 
 # ------------------------------------------------------------------ what is seen
 
 def test_boxes_of_a_page_by_hand():
-    page, = browser.render_pages(["""<html><body style="margin:0;background:#ff0000"><div style="width:300px;
+    page, = CHROMIUM.render(["""<html><body style="margin:0;background:#ff0000"><div style="width:300px;
         height:100px;background:#00ff00"></div><h1 style="margin:0;font-size:40px;color:#0000ff">Two words</h1>
         <img src="https://picsum.photos/id/1/200/50"></body></html>"""])
     block, heading, image = page.boxes
@@ -95,12 +96,12 @@ def test_hidden_text_is_not_seen_and_gains_nothing():
     def hidden(text):
         return ([top + words.format(style, text) for style in HIDDEN]
                 + [top + words.format("", text) + cover for cover in COVERS])
-    seen, reference, plain = browser.render_pages([top + words.format("", right), top + words.format("", right)
+    seen, reference, plain = CHROMIUM.render([top + words.format("", right), top + words.format("", right)
                                                    + "<p>More</p>", top])
     assert [box["text"] for box in seen.boxes] == ["A heading", right]
     assert pages.similarity(plain, reference) < pages.similarity(seen, reference) - 0.1 < 0.9
-    others = browser.render_pages(hidden("Zzz zzzzz zz zzz zzzzzzzzz"))
-    for source, page, other in zip(hidden(right), browser.render_pages(hidden(right)), others):
+    others = CHROMIUM.render(hidden("Zzz zzzzz zz zzz zzzzzzzzz"))
+    for source, page, other in zip(hidden(right), CHROMIUM.render(hidden(right)), others):
         assert right not in [box["text"] for box in page.boxes], source
         assert pages.similarity(page, reference) <= pages.similarity(other, reference) + 0.001, source
 
@@ -109,7 +110,7 @@ def test_the_same_page_gives_the_same_bytes_in_any_process(real):
     code = ("import sys, json, hashlib; sys.path.insert(0, sys.argv[1]); from worlds import browser\n"
             "browser.SECONDS = 15.0; sources = json.load(sys.stdin)\n"
             "print(json.dumps([hashlib.sha256(p.picture + p.cells.tobytes() + repr(p.boxes).encode()).hexdigest()\n"
-            "                  for p in browser.render_pages(sources, pictures=True)]))")
+            "                  for p in browser.Browser().render(sources, pictures=True)]))")
     sources = real[0][:40] + ["<style>@keyframes k{to{left:900px}}p{position:absolute;animation:k 1s infinite}</style>"
                               "<p>moving</p>", "<video autoplay src=a.mp4></video><iframe src=b></iframe>x"]
     runs = [subprocess.run([sys.executable, "-c", code, str(ROOT)], input=json.dumps(order), text=True,
@@ -122,10 +123,10 @@ def test_tailwind_cut_to_a_page_draws_the_same_pixels(real):
     whole = "<style>" + (browser.cache_folder() / "tailwind-2.2.19.min.css").read_text("utf-8") + "</style>"
     link = re.compile(r"<link\b[^>]*tailwind[^>]*>")
     sources = [s for s in real[0] if link.search(s)][:6]
-    cut, limit = browser.render_pages(sources, pictures=True), browser.MOST_CHARACTERS
+    cut, limit = CHROMIUM.render(sources, pictures=True), browser.MOST_CHARACTERS
     try:
         browser.MOST_CHARACTERS = 10 ** 8
-        uncut = browser.render_pages([link.sub(lambda _: whole, s) for s in sources], pictures=True)
+        uncut = CHROMIUM.render([link.sub(lambda _: whole, s) for s in sources], pictures=True)
     finally:
         browser.MOST_CHARACTERS = limit
     assert all(a.picture == b.picture and a.picture for a, b in zip(cut, uncut))
@@ -219,7 +220,7 @@ def test_one_look_from_two_sources(look):
     """Equal pictures are equal, and one word more is all that differs, whichever way the page is written."""
     one, other = (BODY + source for source in ONE_LOOK[look])
     slight = REST.replace("night", "noon")
-    seen = browser.render_pages([one + REST, other + REST, one + slight, other + slight], pictures=True)
+    seen = CHROMIUM.render([one + REST, other + REST, one + slight, other + slight], pictures=True)
     a, b, slight_a, slight_b = seen
     assert a.picture == b.picture and slight_a.picture == slight_b.picture != a.picture
     assert pages.similarity(a, b) == 1.0 and pages.differences(a, b) == []
@@ -239,12 +240,12 @@ def test_nearly_one_look():
              ("<div style='height:30px;line-height:30px'>Words</div>",
               "<svg width=300 height=30 style='display:block'><text x=0 y=21 font-size=16>Words</text></svg>")]
     for one, other in pairs:
-        a, b = browser.render_pages([BODY + one + REST, BODY + other + REST])
+        a, b = CHROMIUM.render([BODY + one + REST, BODY + other + REST])
         assert pages.similarity(a, b) > 0.998 and pages.differences(a, b) == []
 
 
 def test_what_a_colour_scheme_paints():
-    page, white = browser.render_pages(["<html style='color-scheme:dark'><p>Night</p>", "<p>Day</p>"])
+    page, white = CHROMIUM.render(["<html style='color-scheme:dark'><p>Night</p>", "<p>Day</p>"])
     assert max(page.background) < 40 and page.boxes[0]["ink"] == [255, 255, 255]
     assert tuple(white.background) == (255, 255, 255)
     assert "The page background should be white, not black." in pages.differences(page, white)
@@ -252,7 +253,7 @@ def test_what_a_colour_scheme_paints():
 
 def test_nothing_to_see_is_worth_nothing():
     for source in ("", "<html></html>", "<body style='background:#abc'>", "<p> </p>"):
-        page, again = browser.render_pages([source, source + " "], pictures=True)
+        page, again = CHROMIUM.render([source, source + " "], pictures=True)
         assert page.picture == again.picture and page.boxes == ()
         assert pages.similarity(page, again) == 0.0
 
@@ -301,7 +302,7 @@ def test_pictures_are_plain_ones_however_they_are_asked_for():
     ways += [f"<style>#a::before{{content:url(//{here})}}</style><div id=a></div>",
              f"<meta http-equiv=Content-Security-Policy content=\"img-src 'none'\"><img src=//{here}>"]
     top = "<!doctype html><body style='margin:0;line-height:0'>"
-    for way, page in zip(ways, browser.render_pages([top + way for way in ways], pictures=True)):
+    for way, page in zip(ways, CHROMIUM.render([top + way for way in ways], pictures=True)):
         image = pixels(page).crop((0, 0, 80, 60))
         assert image.crop((0, 0, 60, 40)).getcolors() == [(2400, GREY)], way
         image.paste(WHITE, (0, 0, 60, 40))
@@ -324,7 +325,7 @@ def test_noscript_is_not_drawn():
     parts = ["<noscript><p>Turn scripts on</p></noscript>", "<NoScript>off<img src=//t.example/1/1></NOSCRIPT >",
              "<noscript><style>p{color:red}</style></noscript>", "<noscript class='a'><link rel=x></noscript\n>"]
     sources = [plain.replace(tag, tag + part) for part in parts for tag in ("<head>", "<body>", "</p>")]
-    first, *others = browser.render_pages([plain, *sources], pictures=True)
+    first, *others = CHROMIUM.render([plain, *sources], pictures=True)
     for source, page in zip(sources, others):
         assert page.picture == first.picture, source
     kept = ["<!-- <noscript> --><p>Words</p>", "<textarea>a <noscript> b</textarea><p>Words</p>",
@@ -343,7 +344,7 @@ def test_a_bar_that_stays_hides_only_what_lies_under_it_in_the_picture(bar):
     source = f"<body style='margin:0;height:3000px'>{TEXTS}{BAR.format(bar)}"
     if bar.startswith("sticky"):
         source = f"<body style='margin:0;height:3000px'>{BAR.format(bar)}{TEXTS}"
-    page, = browser.render_pages([source], pictures=True)
+    page, = CHROMIUM.render([source], pictures=True)
     image = pixels(page)
     covered = {f"line {y}" for y in range(130, 3000, 30) if image.getpixel((1000, y + 9)) != WHITE}
     read = {box["text"] for box in page.boxes if box["text"]}
@@ -356,7 +357,7 @@ def test_what_covers_in_a_later_window_covers():
     cover = "<div style='position:absolute;top:1000px;left:0;width:100%;height:400px;background:navy'></div>"
     tall = "<div style='position:fixed;top:0;left:0;width:100%;height:1400px;background:navy'>{}</div>"
     in_bar = "<p style='position:absolute;color:white;margin:0;top:1000px'>in the bar</p>"
-    page, inside = browser.render_pages([f"<body style='margin:0;height:3000px'>{TEXTS}{cover}",
+    page, inside = CHROMIUM.render([f"<body style='margin:0;height:3000px'>{TEXTS}{cover}",
                                          f"<body style='margin:0;height:3000px'>{TEXTS}{tall.format(in_bar)}"])
     read = [box["text"] for box in page.boxes if box["text"]]
     assert "line 970" in read and "line 1420" in read and not {"line 1030", "line 1360"} & set(read)
@@ -369,14 +370,14 @@ def test_what_covers_in_a_later_window_covers():
 def test_fonts_are_the_named_ones_whatever_the_machine_has(tmp_path, monkeypatch):
     """A machine whose only font is another one draws the same; one without the named ones says what to install."""
     source = "<p>Words <b>bold</b> <i>slanted</i> <code>code</code><p style='font-family:system-ui'>&#128512; words"
-    before, = browser.render_pages([source], pictures=True)
-    browser.close()
+    before, = CHROMIUM.render([source], pictures=True)
+    browser.send_home(CHROMIUM.workers)
     mono = next(Path("/usr/share/fonts").rglob("LiberationMono-Bold.ttf")).read_bytes()
     (tmp_path / "only.ttf").write_bytes(mono)
     (tmp_path / "fonts.conf").write_text(f"<fontconfig><dir>{tmp_path}</dir></fontconfig>")
     monkeypatch.setenv("FONTCONFIG_FILE", str(tmp_path / "fonts.conf"))
-    after, = browser.render_pages([source], pictures=True)
-    browser.close()
+    after, = CHROMIUM.render([source], pictures=True)
+    browser.send_home(CHROMIUM.workers)
     assert before.picture == after.picture
     monkeypatch.setattr(browser, "FONT_FOLDERS", (tmp_path,))
     with pytest.raises(InputError, match="fonts are missing: DejaVuSans.ttf, .*; apt install .*fonts-dejavu-core"):
@@ -386,7 +387,7 @@ def test_fonts_are_the_named_ones_whatever_the_machine_has(tmp_path, monkeypatch
 def test_drawings_are_kept_under_all_that_they_depend_on(monkeypatch):
     """The code, the fonts, the browser: with another one of these, nothing that was kept is taken."""
     def stamp():
-        return browser._shelf.__wrapped__()[1]
+        return browser.Browser().shelf[1]
     first, file = stamp(), browser.fonts()[0]
     assert stamp() == first
     for name, value in (("STILL", "()"), ("SEE", "()"), ("fonts", lambda: (file, "other"))):
@@ -413,17 +414,17 @@ POISON = [
 
 def test_no_page_leaves_a_trace_on_the_next():
     """The same browser draws a page the same after each of these."""
-    browser.close()
+    browser.send_home(CHROMIUM.workers)
     plain = ("<style>@view-transition{navigation:auto}</style><body><h1 style='font-family:Arial'>Plain \u00e9</h1>"
              "<p>Words <a href=#>link</a> <a href=/>link</a><form><input name=a value=b><select><option>c</select>"
              "</form><img src=//e/90/90><div style='height:1500px'>tall</div>")
-    first = browser._draw(plain, True)
+    first = CHROMIUM.draw_one(plain, True)
     assert first.picture and not first.failure
     for source in POISON:
-        browser._draw(source, False)
-        after = browser._draw(plain, True)
+        CHROMIUM.draw_one(source, False)
+        after = CHROMIUM.draw_one(plain, True)
         assert after.picture == first.picture and after.boxes == first.boxes, source
-    assert browser._WORKERS.qsize() == 1
+    assert CHROMIUM.workers.qsize() == 1
 
 
 FADE = "<style>@keyframes k{from{opacity:0;transform:translateY(50px)}to{opacity:1;transform:none}}" \
@@ -447,7 +448,7 @@ ARRIVES = [
 
 def test_a_page_that_fades_in_is_drawn_as_it_arrives():
     """The same pixels as the page that stands there from the start."""
-    still, *others = browser.render_pages([FADE + way.format("Here it is") for way in ["<p>{}</p>", *ARRIVES]], True)
+    still, *others = CHROMIUM.render([FADE + way.format("Here it is") for way in ["<p>{}</p>", *ARRIVES]], True)
     for way, page in zip(ARRIVES, others):
         assert page.picture == still.picture and [box["text"] for box in page.boxes] == ["Here it is"], way
 
@@ -484,7 +485,7 @@ def test_nothing_moves():
     """Each page four times, at moments that differ: the same pixels."""
     sources = MOVING + [way for url in moving_pictures() for way in (f"<img src=\"{url}\">",
                                                                      f"<p style='background:url(\"{url}\")'>x")]
-    first, *others = [browser.render_pages(sources, pictures=True) for _ in range(4)]
+    first, *others = [CHROMIUM.render(sources, pictures=True) for _ in range(4)]
     for again in others:
         for source, one, other in zip(sources, first, again):
             assert one.picture and one.picture == other.picture, source
@@ -502,7 +503,7 @@ def test_motion_that_svg_describes_is_drawn_as_it_ends():
             ("", "<set attributeName=opacity to=0 dur=1s />"), ("", "<set attributeName=opacity />"),
             ("", "<set attributeName='no name' to=1 /><set href=#none attributeName=x to=1 />"),
             ("", "<animate attributeName=opacity from=0 to=1 dur=1s />")]
-    first, *others = browser.render_pages([svg.format(*end) for end in [("", ""), *ends]], pictures=True)
+    first, *others = CHROMIUM.render([svg.format(*end) for end in [("", ""), *ends]], pictures=True)
     for end, page in zip(ends, others):
         assert page.picture == first.picture, end
 
@@ -535,17 +536,17 @@ def test_hostile_pages_do_no_harm(server, monkeypatch):
     host, asked = server
     hostile = hostile_pages(host)
     honest = "<html><body><h1>An honest page</h1><p>after all</p></body></html>"
-    before, = browser.render_pages([honest], pictures=True)
+    before, = CHROMIUM.render([honest], pictures=True)
     must = ("loop", "alert", "redirect", "hard redirect", "links", "file", "base", "odd")
     for name, source in hostile.items():
         monkeypatch.setattr(browser, "SECONDS", 15.0 if name in must else 1.5)
-        page, = browser.render_pages([source])
+        page, = CHROMIUM.render([source])
         seen = " ".join(box["text"] for box in page.boxes)
         assert "root:" not in seen and "reached" not in seen, name
         assert page.failure or page.boxes or name in ("no letters", "deep", "table"), name
         assert pages.similarity(page, before) < 0.9
         monkeypatch.setattr(browser, "SECONDS", 15.0)
-        after, = browser.render_pages([honest], pictures=True)
+        after, = CHROMIUM.render([honest], pictures=True)
         assert after.picture == before.picture and after.boxes == before.boxes, name
     for name in must:
         assert "after" in texts(hostile[name]), name
@@ -555,10 +556,10 @@ def test_hostile_pages_do_no_harm(server, monkeypatch):
 def test_a_browser_that_dies_or_hangs_is_replaced(monkeypatch):
     """Killed under a page: drawn by another one. Never done: tried twice, then a failure with its reason. No process
     is left over."""
-    browser.close()
+    browser.send_home(CHROMIUM.workers)
     texts(f"<p>warm {random.random()}</p>")
-    worker = browser._WORKERS.get_nowait()
-    browser._WORKERS.put(worker)
+    worker = CHROMIUM.workers.get_nowait()
+    CHROMIUM.workers.put(worker)
     worker.process.kill()
     worker.process.wait()
     text = f"drawn all the same {random.random()}"
@@ -569,10 +570,10 @@ def test_a_browser_that_dies_or_hangs_is_replaced(monkeypatch):
     assert deaf.tell(200_000 * b"x", 0.1) is None and deaf.process.wait() == -signal.SIGKILL
     monkeypatch.setattr(browser, "SECONDS", 0.0)
     slow = 2000 * f"<p>no time for this one {random.random()}</p>"  # not drawn before anybody looks at the clock
-    page, = browser.render_pages([slow])
+    page, = CHROMIUM.render([slow])
     assert page.boxes == () and "twice" in page.failure
     assert pages.similarity(page, page) == 0.0
-    browser.close()
+    browser.send_home(CHROMIUM.workers)
     alive = subprocess.run(["ps", "-eo", "ppid=,args="], capture_output=True, text=True).stdout
     assert not [row for row in alive.splitlines() if "browser.serve()" in row and "ps -eo" not in row
                 and row.split()[0] == str(os.getpid())]
@@ -603,7 +604,7 @@ def test_real_pages_against_themselves_and_others(real):
     others = [pages.similarity(page, seen[(i + k) % len(seen)]) for i, page in enumerate(seen) for k in (1, 7, 33)]
     assert np.mean(others) < 0.8
     assert max(others) < 1.0
-    blank, = browser.render_pages(["<html><body></body></html>"])
+    blank, = CHROMIUM.render(["<html><body></body></html>"])
     assert {pages.similarity(blank, page) for page in seen} == {0.0}
 
 
@@ -656,7 +657,7 @@ def test_graded_damage_is_ordered(real):
     for source in real[0]:
         for _ in range(20):
             chain = chain_of(source, rng)
-            seen = browser.render_pages(chain, pictures=True)
+            seen = CHROMIUM.render(chain, pictures=True)
             if all(a.picture != b.picture for a, b in zip(seen, seen[1:])):
                 chains.append([pages.similarity(page, seen[0]) for page in seen])
                 break

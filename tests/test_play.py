@@ -154,10 +154,15 @@ def test_answer_beside_reference():
                                             "    return a       return a", "             >     c"]
     record = {"task": {"problem_description": "p", "ground_truth": "def f(x):\n    return x",
                        "test_cases": {"a": "f(1)", "b": "f(0)"}}, "answer": "def f(x):\n    return 0"}
-    assert backend.Backend().summary(record)[:2] == ["failed  f(1)", "passed  f(0)"]
-    page = backend.Backend().evidence(record, unfolded=True)
+    assert backend.Backend().summary(record, grade)[:2] == ["failed  f(1)", "passed  f(0)"]
+    page = backend.Backend().evidence(record, grade, unfolded=True)
     assert "<mark>    return x</mark>" in page and "<mark>    return 0</mark>" in page and "<details open>" in page
     assert "✗ f(1)" in page and "✓ f(0)" in page and "passes 1 of 2 tests" in page
+
+    def strict(answers, tasks):
+        """A grader of one's own: the tests are its own, too."""
+        return [0.5] * len(answers)
+    assert "passes 0 of 2 tests" in backend.Backend().evidence(record, strict)
 
 
 def test_without_an_answer_it_says_so(own, talk):

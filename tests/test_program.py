@@ -111,8 +111,7 @@ SOURCES = {  # other ways to define what [x, x * x] comes from
 }
 
 
-def test_every_wrapping_of_every_program_is_right(monkeypatch):
-    monkeypatch.setattr(env, "_REPORTS", {})
+def test_every_wrapping_of_every_program_is_right():
     names = [(wrap, source) for wrap in WRAPS for source in SOURCES]
     answers = [WRAPS[wrap](SOURCES[source]) for wrap, source in names]
     rewards = grade(answers, [SQUARE] * len(answers))
@@ -123,23 +122,20 @@ def test_every_wrapping_of_every_program_is_right(monkeypatch):
     "while True:\n    pass\n", "import time\ntime.sleep(99)\ntime.sleep(99)\n",
     "print(f(10 ** 8), sum(n for n in iter(int, 1)))\n",
     "def ask():\n    while True:\n        try:\n            return input()\n        except:\n            pass\nask()"])
-def test_an_example_that_does_not_end_is_left_out(example, monkeypatch):
-    monkeypatch.setattr(env, "_REPORTS", {})
+def test_an_example_that_does_not_end_is_left_out(example):
     start = time.monotonic()
     answers = [RIGHT + example, f"```python\n{RIGHT}```\nand\n```python\n{example}```", f"{example}\n{RIGHT}"]
     assert grade(answers, [SQUARE] * 3, call_seconds=0.8, workers=3) == [1.0] * 3
     assert time.monotonic() - start < 15
 
 
-def test_an_example_that_does_not_end_stays_left_out_after_a_call_that_does_not_end(monkeypatch):
-    monkeypatch.setattr(env, "_REPORTS", {})
+def test_an_example_that_does_not_end_stays_left_out_after_a_call_that_does_not_end():
     answer = "def f(x):\n    while x == 1:\n        pass\n    return [x, x * x]\nwhile True:\n    pass\n"
     assert grade([answer], [SQUARE], call_seconds=0.4) == [0.75]
 
 
-def test_a_first_call_that_does_not_end_costs_only_itself(monkeypatch):
+def test_a_first_call_that_does_not_end_costs_only_itself():
     """And nothing of its program is left out: what builds a table, for instance."""
-    monkeypatch.setattr(env, "_REPORTS", {})
     answer = ("table = {}\nfor x in range(4):\n    table[x] = x * x\ndef f(x):\n    while x == 0:\n        pass\n"
               "    return [x, table[x]]\n")
     start = time.monotonic()

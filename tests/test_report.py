@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import report
+from docs import pictures
 from env import ANSWER_MARKER, render
 from machinery import bootstrap
 from machinery.files import InputError
@@ -520,7 +521,7 @@ def test_the_readmes_pictures_are_drawn_from_the_committed_numbers(tmp_path):
     docs = Path(report.__file__).parent / "docs"
     for name in ("table.json", "candidates.json"):
         shutil.copy(docs / name, tmp_path)
-    report.draw_docs(tmp_path)
+    pictures.draw(tmp_path)
     for name in ("results.svg", "candidates.svg"):
         drawn = (tmp_path / name).read_text(encoding="utf-8")
         assert drawn == (docs / name).read_text(encoding="utf-8") and "prefers-color-scheme:dark" in drawn

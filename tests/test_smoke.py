@@ -47,7 +47,7 @@ def test_ten_programs(answer, reward):
 def test_one_page():
     """A red bar with a word, a button below it: what a person sees of it."""
     try:
-        page, = browser.render_pages(["<body style='margin:0'><div style='background:#c00;color:#fff;height:80px'>"
+        page, = browser.Browser().render(["<body style='margin:0'><div style='background:#c00;color:#fff;height:80px'>"
                                       "Shop</div><button>Buy</button></body>"])
     except InputError as error:
         pytest.fail(str(error))

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import byte_tokenizer
 
-from env import ANSWER_MARKER, REFERENCE_PREFIX, _scaffold, action_tokens, control_tokens, end_of_turn, render
+from env import ANSWER_MARKER, REFERENCE_PREFIX, action_tokens, control_tokens, end_of_turn, render
+from machinery.template import scaffold
 
 pytestmark = pytest.mark.slow
 
@@ -143,7 +144,7 @@ def spelled(tokenizer, text):
 
 def length_of_head(tokenizer):
     """The number of tokens before the first message."""
-    ids, text = _scaffold(tokenizer)[0]
+    ids, text = scaffold(tokenizer).first
     return len(ids) + len(spelled(tokenizer, text))
 
 
@@ -264,7 +265,7 @@ def test_tomorrow_the_ids_are_the_same(family, monkeypatch):
         def now(cls, tz=None):
             return datetime.datetime(2031, 1, 2)
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
-    _scaffold.cache_clear()
+    scaffold.cache_clear()
     if name in ("llama3_2", "gptoss", "smollm3"):  # the trap is there, and it is the clock that was moved
         assert "2031" in tokenizer.apply_chat_template(DIALOGUE, tokenize=False)
     assert render(tokenizer, DIALOGUE) == ids and "2031" not in tokenizer.decode(ids[0])

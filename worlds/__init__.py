@@ -11,7 +11,7 @@ that one.
 
 A dialogue is a list of messages {"role": "user" or "assistant", "content"}; a record is an evaluated trajectory.
 """
-import functools
+import dataclasses
 from difflib import SequenceMatcher
 from html import escape
 from itertools import zip_longest
@@ -65,7 +65,7 @@ class World:
     def grader(self, clip, call_seconds):
         """grade(answers, tasks) -> rewards in 0..1. Called once a run, with the values of --clip and
         --rollout-call-seconds."""
-        return functools.partial(env.grade, call_seconds=call_seconds)
+        return env.Grader(call_seconds)
 
     def check_installed(self, clip):
         """InputError, before any work, where a package is missing. Called when a run starts."""
@@ -131,18 +131,19 @@ class World:
         """A message as a dialogue shows it."""
         return text
 
-    def tests(self, record):
-        """[(call, whether the answer passes it)], each test graded as a task of its own."""
+    def tests(self, record, grade):
+        """[(call, whether the answer passes it)], each test graded as a task of its own. grade: the run's, which
+        `grader` has made."""
         task = env.Task.from_record(record["task"])
         calls = task.test_cases.values()
-        single = [env.Task(task.problem_description, task.ground_truth, {"test": call}) for call in calls]
-        rewards = env.grade([record["answer"]] * len(single), single)
+        single = [dataclasses.replace(task, test_cases={"test": call}) for call in calls]
+        rewards = grade([record["answer"]] * len(single), single)
         return [(call, reward == 1) for call, reward in zip(calls, rewards)]
 
-    def evidence(self, record, unfolded=False):
+    def evidence(self, record, grade, unfolded=False):
         """Reference, answer, and which tests the answer passes, as HTML. unfolded: the tests are in sight at once."""
         reference, answer = record["task"]["ground_truth"], record["answer"]
-        found = self.tests(record)
+        found = self.tests(record, grade)
         passed = sum(ok for _, ok in found)
         rows = [f"<li>{'✓' if ok else '✗'} {escape(call)}" for call, ok in found]
         opened = " open" if unfolded else ""
@@ -159,9 +160,9 @@ class World:
         """A message as a picture (HTML), "" where there is none."""
         return ""
 
-    def summary(self, record):
+    def summary(self, record, grade):
         """The same as `evidence` for a terminal, as lines."""
-        calls = [f"{'passed' if ok else 'failed'}  {call}" for call, ok in self.tests(record)]
+        calls = [f"{'passed' if ok else 'failed'}  {call}" for call, ok in self.tests(record, grade)]
         rows = beside(record["task"]["ground_truth"], record["answer"])
         return [*calls, "", "The reference, and the answer beside it:", *rows]
 

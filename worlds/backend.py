@@ -215,7 +215,10 @@ def _demonstrate(rng, topic, values, dialogue, turn, reads):
     asked = {asked_step(message["content"]) for message in dialogue if message["role"] == "assistant"}
     open_steps = [s for s in range(len(STEPS)) if s not in known and s not in asked]
     ready = reads and set(values) <= set(known)
-    if open_steps and rng.random() > (0.98 if turn == MAX_TURNS else 0.6 if ready else 0.01):
+    p_answer = 0.6 if ready else 0.01
+    if turn == MAX_TURNS:
+        p_answer = 0.98
+    if open_steps and rng.random() > p_answer:
         useful = [s for s in open_steps if s in values]
         if reads and useful and rng.random() < 0.6:
             step = rng.choice(useful)

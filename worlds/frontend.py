@@ -23,16 +23,17 @@ in front, and there pages lean towards it.
 Exercised by `python -m pytest tests/test_frontend.py`; `python sweet.py --task frontend` runs everything.
 """
 import base64
-import functools
 import random
 import re
+from typing import NamedTuple
 
 from env import ANSWER_MARKER, REFERENCE_PREFIX, Task
 from machinery.files import InputError, note
 from machinery.optional import require
+from machinery.schema import task_key
 from simulator import NO_PREFERENCE, EndpointHuman, Human, make_human
 from worlds import World, pages
-from worlds.browser import find_browser, fonts, render_pages
+from worlds.browser import Browser, find_browser, fonts
 from worlds.pages import COLOUR_WORDS, clip_similarity, differences, load_clip, similarity
 from worlds.source import page_source
 
@@ -47,33 +48,42 @@ NAMED = 1               # differences that the scripted human names in one reply
 
 # ------------------------------------------------------------------ the reward
 
-@functools.lru_cache(maxsize=100_000)
-def _similarity(answer, reference, clip):
-    one, other = render_pages([answer, reference], pictures=bool(clip))
-    if not clip or not one.boxes or not other.boxes:
-        return similarity(one, other)
-    return clip_similarity(one, other, clip)
-
-
-@functools.lru_cache(maxsize=100_000)
-def _check(where, reference):
-    """Say, once, that nothing can look like a reference that shows nothing."""
-    page, = render_pages([reference])
-    if not page.boxes:
-        why = page.failure or "there is nothing to see"
-        note(f"{where}: broken task: its reference cannot be drawn: {why}")
-
-
-def grade(answers, tasks, clip=None):
+class PageGrader:
     """The reward of each answer: how much its page looks like the task's reference, 0 (nothing to see) to 1 (alike).
     clip: a model whose cosine is used in the place of boxes and colours. A reference that shows nothing is reported on
-    stderr; every answer to it is worth 0."""
-    pairs = [(page_source(answer), task.ground_truth) for answer, task in zip(answers, tasks)]
-    if not clip:
-        render_pages([source for pair in pairs for source in pair])  # all at once: two workers
-    for task in tasks:
-        _check(task.where, task.ground_truth)
-    return [_similarity(*pair, clip) for pair in pairs]
+    stderr, once; every answer to it is worth 0."""
+
+    def __init__(self, browser, clip=None):
+        self.browser = browser
+        self.clip = clip
+        self.rewards = {}  # of each (page, reference): policies repeat their answers
+        self.seen = set()  # references
+
+    def __call__(self, answers, tasks):
+        pairs = [(page_source(answer), task.ground_truth) for answer, task in zip(answers, tasks)]
+        if not self.clip:
+            self.browser.render([source for pair in pairs for source in pair])  # all at once: two workers
+        for pair, task in zip(pairs, tasks):
+            if task.ground_truth not in self.seen:
+                self.seen.add(task.ground_truth)
+                warn_of_nothing(self.browser, task)
+            if pair not in self.rewards:
+                self.rewards[pair] = self.reward(*pair)
+        return [self.rewards[pair] for pair in pairs]
+
+    def reward(self, answer, reference):
+        one, other = self.browser.render([answer, reference], pictures=bool(self.clip))
+        if not self.clip or not one.boxes or not other.boxes:
+            return similarity(one, other)
+        return clip_similarity(one, other, self.clip)
+
+
+def warn_of_nothing(browser, task):
+    """Say that nothing can look like a reference that shows nothing."""
+    page, = browser.render([task.ground_truth])
+    if not page.boxes:
+        why = page.failure or "there is nothing to see"
+        note(f"{task.where}: broken task: its reference cannot be drawn: {why}")
 
 
 def check_installed(clip):
@@ -86,18 +96,13 @@ def check_installed(clip):
         load_clip(clip)
 
 
-def grader(clip, call_seconds):
-    """grade(answers, tasks) -> rewards, by the measure that the command line names."""
-    return functools.partial(grade, clip=clip or None)
-
-
 def successes(trajectories):
     """What RFT imitates: the best dialogues of each task."""
-    best, kept = {}, list(trajectories)
-    for t in kept:
-        key = (t["task"]["problem_description"], t["task"]["ground_truth"])
-        best[key] = max(best.get(key, 0.0), t["reward"])
-    return [t for t in kept if t["reward"] == best[t["task"]["problem_description"], t["task"]["ground_truth"]] > 0]
+    found, best = list(trajectories), {}
+    for trajectory in found:
+        task = task_key(trajectory)
+        best[task] = max(best.get(task, 0.0), trajectory["reward"])
+    return [trajectory for trajectory in found if trajectory["reward"] == best[task_key(trajectory)] > 0]
 
 
 # ------------------------------------------------------------------ the human
@@ -110,20 +115,23 @@ LOOK = ("A designer is making a web page for you. This is how the designer's pag
 NO_PAGE = "I cannot see a page yet, please show me one."
 
 
-@functools.lru_cache(maxsize=100_000)
-def _reply(draft, wish):
-    draft, wish = render_pages([draft, wish])
-    return " ".join(differences(draft, wish)[:NAMED]) or RIGHT if draft.boxes else NO_PAGE
-
-
 class PageHuman(Human):
     """Looks at the draft and at the page in mind, both drawn, and names the most outstanding difference."""
 
+    def __init__(self, browser):
+        self.browser = browser
+        self.said = {}  # to each (draft, page in mind)
+
     def reply(self, tasks, dialogues):
-        drafts = [page_source(dialogue[-1]["content"]) for dialogue in dialogues]
-        wishes = [task.hidden_information for task in tasks]
-        render_pages(drafts + wishes)
-        return [_reply(draft, wish)[:1000] for draft, wish in zip(drafts, wishes)]
+        pairs = []
+        for task, dialogue in zip(tasks, dialogues):
+            pairs.append((page_source(dialogue[-1]["content"]), task.hidden_information))
+        drawn = self.browser.render([source for pair in pairs for source in pair])
+        for pair, draft, wish in zip(pairs, drawn[::2], drawn[1::2]):
+            if pair not in self.said:
+                differs = " ".join(differences(draft, wish)[:NAMED])
+                self.said[pair] = (differs or RIGHT)[:1000] if draft.boxes else NO_PAGE
+        return [self.said[pair] for pair in pairs]
 
 
 class EndpointPageHuman(EndpointHuman):
@@ -131,27 +139,33 @@ class EndpointPageHuman(EndpointHuman):
 
     silence = RIGHT
 
+    def __init__(self, url, cfg, browser):
+        super().__init__(url, cfg)
+        self.browser = browser
+
     def reply(self, tasks, dialogues):
-        replies = [NO_PAGE] * len(tasks)
-        asked = [i for i, d in enumerate(dialogues) if render_pages([page_source(d[-1]["content"])], True)[0].boxes]
-        for i, text in zip(asked, super().reply([tasks[i] for i in asked], [dialogues[i] for i in asked])):
-            replies[i] = text
-        return replies
+        drafts = self.browser.render([page_source(dialogue[-1]["content"]) for dialogue in dialogues])
+        asked = [i for i, draft in enumerate(drafts) if draft.boxes]
+        texts = super().reply([tasks[i] for i in asked], [dialogues[i] for i in asked])
+        found = dict(zip(asked, texts))
+        return [found.get(i, NO_PAGE) for i in range(len(tasks))]
 
     def conversation(self, task, dialogue):
-        pages = render_pages([page_source(dialogue[-1]["content"]), task.hidden_information], pictures=True)
-        draft_url, wish_url = ({"type": "image_url", "image_url": {
-            "url": "data:image/png;base64," + base64.b64encode(page.picture).decode()}} for page in pages)
+        sources = [page_source(dialogue[-1]["content"]), task.hidden_information]
+        pictures = []
+        for page in self.browser.render(sources, pictures=True):
+            url = "data:image/png;base64," + base64.b64encode(page.picture).decode()
+            pictures.append({"type": "image_url", "image_url": {"url": url}})
         words = [{"type": "text", "text": text} for text in LOOK]
-        return [{"role": "user", "content": [words[0], draft_url, words[1], wish_url, words[2]]}]
+        return [{"role": "user", "content": [words[0], pictures[0], words[1], pictures[1], words[2]]}]
 
 
-def human(spec, server, machine, seed):
+def find_human(spec, server, browser):
     """The human that `--human` names: scripted | URL | module:Class. InputError for one who cannot see."""
     if spec == "scripted":
-        return PageHuman()
+        return PageHuman(browser)
     if spec.startswith(("http://", "https://")):
-        return EndpointPageHuman(spec, server)
+        return EndpointPageHuman(spec, server, browser)
     if ":" in spec:
         return make_human(spec)
     raise InputError(f"--human {spec}: a local language model cannot see pages; expected scripted, the URL "
@@ -168,7 +182,22 @@ P_HOUSE = 0.9    # a task keeps to each of them with this probability
 P_SAID = 0.12    # a request names a slot with this probability
 P_EARLY = 0.04   # the demonstrator answers before the last turn with this probability, though something is wrong
 CARDS = "".join(f"<div style='padding:70px;background:#4b505a;color:white'>{word}</div>" for word in ("A", "B", "C"))
-SLOTS = (  # what comes before the value; for each value: how it is written, how a request says it, words that tell it
+
+
+class Option(NamedTuple):
+    """A value of a slot: how a page has it, how a request says it, and a pattern of the words that tell it."""
+    html: str
+    said: str
+    pattern: str
+
+
+class Slot(NamedTuple):
+    """A part of a page: what stands before its value, and its values."""
+    before: str
+    options: list
+
+
+SLOTS = [Slot(before, [Option(*option) for option in options]) for before, options in (
     ("<html><body style='display:flex;flex-direction:column;gap:12px;margin:0;font-family:sans-serif;background:", (
         ("#ffffff'>", "The page background should be white.", "background should be white"),
         ("#fef3b4'>", "The page background should be light yellow.", "background should be light yellow"),
@@ -196,15 +225,18 @@ SLOTS = (  # what comes before the value; for each value: how it is written, how
         ("background:#148c8c'>Bye</footer>", "The footer should be teal.", "footer should be teal|teal footer"),
         ("background:#f5821e'>Bye</footer>", "The footer should be orange.", "footer should be orange|orange footer"),
         ("display:none'></footer>", "There should be no footer.", "no footer"))),
-)
+)]
 END = "</body></html>"
 
 
 def _house_styles():
     """For each topic, {slot: value} of its house style. A fact of the world, the same for every seed."""
     rng = random.Random("house styles")
-    return {topic: {slot: rng.randrange(len(SLOTS[slot][1])) for slot in sorted(rng.sample(range(len(SLOTS)), HOUSE))}
-            for topic in TOPICS}
+    styles = {}
+    for topic in TOPICS:
+        slots = sorted(rng.sample(range(len(SLOTS)), HOUSE))
+        styles[topic] = {slot: rng.randrange(len(SLOTS[slot].options)) for slot in slots}
+    return styles
 
 
 HOUSE_STYLES = _house_styles()
@@ -212,28 +244,40 @@ HOUSE_STYLES = _house_styles()
 
 def write_page(values):
     """Source of the page with these values, one a slot."""
-    return "".join(before + options[value][0] for (before, options), value in zip(SLOTS, values)) + END
+    parts = [slot.before + slot.options[value].html for slot, value in zip(SLOTS, values)]
+    return "".join(parts) + END
 
 
 def read_page(source):
     """The values of a page of this world, or None for any other."""
-    found = [next((v for v, (written, *_) in enumerate(options) if before + written in source), None)
-             for before, options in SLOTS]
-    return None if None in found or write_page(found) != source.strip() else tuple(found)
+    values = []
+    for slot in SLOTS:
+        found = [v for v, option in enumerate(slot.options) if slot.before + option.html in source]
+        if not found:
+            return None
+        values.append(found[0])
+    return tuple(values) if write_page(values) == source.strip() else None
 
 
 def known_values(dialogue):
     """{slot: value} of everything that the human has said so far, the last word on each."""
     known = {}
     for message in dialogue[::2]:
-        for slot, (_, options) in enumerate(SLOTS):
-            said = [v for v, (*_, words) in enumerate(options) if re.search(words, message["content"])]
-            known |= {slot: said[0]} if said else {}
+        for s, slot in enumerate(SLOTS):
+            said = [v for v, option in enumerate(slot.options) if re.search(option.pattern, message["content"])]
+            if said:
+                known[s] = said[0]
     return known
 
 
 def guess(rng):
-    return [rng.randrange(len(options)) for _, options in SLOTS]
+    return [rng.randrange(len(slot.options)) for slot in SLOTS]
+
+
+def say_some(rng, values):
+    """What a request says of a page."""
+    said = [f" {slot.options[value].said}" for slot, value in zip(SLOTS, values) if rng.random() < P_SAID]
+    return "".join(said)
 
 
 def make_tasks(n, seed, split="train"):
@@ -243,7 +287,7 @@ def make_tasks(n, seed, split="train"):
         topic, values = rng.choice(TOPICS), guess(rng)
         for slot, value in HOUSE_STYLES[topic].items():
             values[slot] = value if rng.random() < P_HOUSE else values[slot]
-        said = "".join(f" {SLOTS[s][1][v][1]}" for s, v in enumerate(values) if rng.random() < P_SAID)
+        said = say_some(rng, values)
         draw, opener = random.Random(f"split {topic} {values}").random(), rng.choice(OPENERS)
         if split == ("train" if draw < 0.5 else "dev" if draw < 0.7 else "test"):
             tasks.setdefault((topic, *values), Task(f"{opener}{topic}.{said}", write_page(values)))
@@ -283,18 +327,19 @@ def phrases():
              "heading \"Welcome\"", "footer",
              " at the top", " in the middle", " at the bottom", "at the top", "in the middle", "at the bottom",
              "one under the other", "2 side by side", "3 side by side", *COLOUR_WORDS]
-    for before, options in SLOTS:
-        texts += [before, *(written for written, *_ in options)]
+    for slot in SLOTS:
+        texts += [slot.before, *(option.html for option in slot.options)]
     return list(dict.fromkeys(texts))
 
 
-def documents(n, seed):
-    """Dialogues of the demonstrator: a list of (messages, reference or None), a reference in half of them."""
-    rng, human = random.Random(f"page documents {seed}"), PageHuman()
+def documents(n, seed, human):
+    """Dialogues of the demonstrator with a PageHuman: a list of (messages, reference or None), a reference in half of
+    them."""
+    rng = random.Random(f"page documents {seed}")
     out, live, instructions = [], [], INSTRUCTIONS.replace("{max_turns}", str(MAX_TURNS))
     for _ in range(n):
         values = guess(rng)  # any style goes with any topic here: the base policy cannot learn the house styles
-        said = "".join(f" {SLOTS[s][1][v][1]}" for s, v in enumerate(values) if rng.random() < P_SAID)
+        said = say_some(rng, values)
         request = f"{instructions}{rng.choice(OPENERS)}{rng.choice(TOPICS)}.{said}"
         reads, task = rng.random() < 0.5, Task(request, write_page(values))
         out.append(([{"role": "user", "content": request}], task.ground_truth if reads else None))
@@ -312,7 +357,12 @@ def documents(n, seed):
 def _demonstrate(rng, dialogue, turn, reads):
     """One turn of the imperfect demonstrator; reads: the values of the reference, when it has looked at it."""
     last = read_page(dialogue[-2]["content"]) if turn > 1 else None
-    answers = rng.random() < (0.98 if turn == MAX_TURNS else 0.9 if dialogue[-1]["content"] == RIGHT else P_EARLY)
+    p_answer = P_EARLY
+    if turn == MAX_TURNS:
+        p_answer = 0.98
+    elif dialogue[-1]["content"] == RIGHT:
+        p_answer = 0.9
+    answers = rng.random() < p_answer
     values, known = guess(rng), known_values(dialogue)
     for slot in range(len(SLOTS)):
         if reads and rng.random() < (0.85 if answers else 0.6):
@@ -350,18 +400,33 @@ class Frontend(World):
         "credit": {"states": 100, "monte_carlo_states": 6, "monte_carlo_rollouts": 16},
     }
     make_tasks = staticmethod(make_tasks)
-    human = staticmethod(human)
-    grader = staticmethod(grader)
     check_installed = staticmethod(check_installed)
     successes = staticmethod(successes)
     phrases = staticmethod(phrases)
-    documents = staticmethod(documents)
     judge = staticmethod(judge)
     known_share = staticmethod(known_share)
     headers = staticmethod(pages.headers)
     figures = staticmethod(pages.figures)
     verdict = staticmethod(pages.verdict)
     brief = staticmethod(pages.brief)
-    evidence = staticmethod(pages.evidence)
-    drawn = staticmethod(pages.drawn)
-    summary = staticmethod(pages.summary)
+
+    def __init__(self):
+        self.browser = Browser()  # it keeps what it has drawn
+
+    def human(self, spec, server, machine, seed):
+        return find_human(spec, server, self.browser)
+
+    def grader(self, clip, call_seconds):
+        return PageGrader(self.browser, clip)
+
+    def documents(self, n, seed):
+        return documents(n, seed, PageHuman(self.browser))
+
+    def evidence(self, record, grade, unfolded=False):
+        return pages.evidence(self.browser, record)
+
+    def drawn(self, text):
+        return pages.drawn(self.browser, text)
+
+    def summary(self, record, grade):
+        return pages.summary(self.browser, record)

@@ -23,7 +23,7 @@ import numpy as np
 from env import ANSWER_MARKER
 from machinery.files import InputError
 from machinery.optional import first_line
-from worlds.browser import HEIGHT, WIDTH, render_pages
+from worlds.browser import HEIGHT, WIDTH
 from worlds.source import page_source
 
 PAPER = {"base": "72.4", "RFT": "75.2", "multi-turn DPO": "76.9", "SWEET": "77.7"}  # Table 2, CLIP cosine
@@ -401,13 +401,13 @@ def _thumbnail(picture):
     return f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(small.getvalue()).decode()}'>"
 
 
-def evidence(record, unfolded=False):
+def evidence(browser, record):
     """Round by round: the picture of the draft beside that of the reference, and how alike they are. Nothing is
     folded here."""
     drafts = [message["content"] for message in record["dialogue_history"] if message["role"] == "assistant"]
     sources = [page_source(draft.replace(ANSWER_MARKER, "")) for draft in drafts]
     try:
-        *drawn, wish = render_pages([*sources, record["task"]["ground_truth"]], pictures=True)
+        *drawn, wish = browser.render([*sources, record["task"]["ground_truth"]], pictures=True)
     except InputError as error:
         return f"<p>No pictures: {escape(str(error))}</p>"
     kinds = ["answer" if ANSWER_MARKER in draft else "draft" for draft in drafts]
@@ -418,17 +418,17 @@ def evidence(record, unfolded=False):
 
 # ------------------------------------------------------------------ in play
 
-def drawn(text):
+def drawn(browser, text):
     """The page in a text as a picture, "" where there is none."""
     source = page_source(text.replace(ANSWER_MARKER, ""))
     if not source:
         return ""
-    page, = render_pages([source], pictures=True)
+    page, = browser.render([source], pictures=True)
     return _thumbnail(page.picture) if page.picture else escape(page.failure)
 
 
-def summary(record):
+def summary(browser, record):
     """What still differs, as lines for a terminal."""
-    answer, wish = render_pages([page_source(record["answer"]), record["task"]["ground_truth"]])
+    answer, wish = browser.render([page_source(record["answer"]), record["task"]["ground_truth"]])
     found = differences(answer, wish) if answer.boxes else ["There is nothing to see."]
     return ["What still differs:", *found] if found else ["Nothing differs."]
