@@ -10,27 +10,17 @@ from report import paper_figures, ranked, ranking_chart
 from worlds.backend import Backend
 
 
-def standalone(svg):
-    """A chart as a file of its own, which follows the theme of whoever looks at it."""
-    style = (
-        f":root{{{charts.variables(1)}font-family:system-ui,sans-serif}}"
-        f"@media(prefers-color-scheme:dark){{:root{{{charts.variables(2)}}}}}"
-    )
-    head, rest = svg.split(">", 1)
-    return f"{head}><style>{style}</style>{rest}"
-
-
 def draw(folder):
     table, state = (read_json(folder / f"{name}.json", {}) for name in ("table", "candidates"))
     order, rows = paper_figures(Backend()), {}
     for method, found in table["methods"].items():
-        rows[method] = found, order[method]
+        rows[method] = found, order.get(method)
     chart = charts.intervals(table["title"], rows, table["ways"], "success, %", "paper (8B)")
-    (folder / "results.svg").write_text(standalone(chart), encoding="utf-8")
+    (folder / "results.svg").write_text(charts.standalone(chart), encoding="utf-8")
     rows, half = ranked(state, Backend())
     names = [row["text"] + f"  ×{row['count']}" * (row["count"] > 1) for row in rows]
     chart = ranking_chart(state["title"], rows, half, names, width=8)
-    (folder / "candidates.svg").write_text(standalone(chart), encoding="utf-8")
+    (folder / "candidates.svg").write_text(charts.standalone(chart), encoding="utf-8")
 
 
 if __name__ == "__main__":

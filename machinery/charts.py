@@ -1,8 +1,8 @@
 """Charts as SVG text, drawn by matplotlib from plain numbers. They know nothing of SWEET.
 
 A chart must read well on a light and on a dark page, so it is drawn in the placeholder colours of `COLOURS`, and each
-of them becomes a CSS variable of the page that holds the chart. docs/pictures.py brings the variables along, for a
-picture in the README. Text stays text, in the page's font. The same numbers give the same bytes.
+of them becomes a CSS variable of the page that holds the chart. `standalone` brings the variables along, for a picture
+in a README. Text stays text, in the page's font. The same numbers give the same bytes.
 
 Exercised by `python -m pytest tests/test_report.py`.
 """
@@ -74,6 +74,16 @@ def inline(svg, title):
     for placeholder, (name, *_) in COLOURS.items():
         svg = svg.replace(placeholder, f"var({name})")
     return svg
+
+
+def standalone(svg):
+    """A chart as a file of its own, which follows the theme of whoever looks at it."""
+    style = (
+        f":root{{{variables(1)}font-family:system-ui,sans-serif}}"
+        f"@media(prefers-color-scheme:dark){{:root{{{variables(2)}}}}}"
+    )
+    head, rest = svg.split(">", 1)
+    return f"{head}><style>{style}</style>{rest}"
 
 
 def legend_above(axes, **more):

@@ -334,7 +334,7 @@ def test_what_is_no_loss_is_one_line_before_any_work(tmp_path):
 
 def test_a_table_of_unknown_critics_or_of_one_is_refused_before_any_work(tmp_path):
     for flags, said in ((["--table-critics", "untraind"], "--table-critics untraind: expected "),
-                        (["--critic", "oracle"], "--critic oracle: the table names its critics by --table-critics")):
+                        (["--critic", "oracle"], "--critic oracle: with several seeds, further critics are named by")):
         with pytest.raises(SystemExit) as end:
             program.main(["table", "--run", str(tmp_path / "t"), *flags])
         assert said in str(end.value) and not list(tmp_path.glob("t/seed*"))
