@@ -151,22 +151,33 @@ def check_tokenizer(tokenizer, path):
             setattr(tokenizer, name, end)
 
 
-def check_context(model, tokens, what):
-    """InputError where `what`, of so many tokens, is longer than the model's context."""
+def context_of(model):
+    """How many tokens the model reads at most; infinity where its configuration names no limit."""
     config = model.config.get_text_config()
-    limit, rope = getattr(config, "max_position_embeddings", None) or tokens, getattr(config, "rope_parameters", None)
-    if (rope or {}).get("rope_type") == "longrope":  # beyond, positions depend on what else is in the batch
+    limit = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # beyond, positions depend on what else is in the batch
         limit = min(limit, rope.get("original_max_position_embeddings", limit))
+    return limit
+
+
+def check_length(tokens, limit, what):
+    """InputError where `what`, of so many tokens, is longer than a model's context."""
     if tokens > limit:
         raise InputError(f"{what}: {tokens} tokens are more than the {limit} that the model reads; leave it out, lower "
                          "--rollout-max-turns or --rollout-max-tokens, or take a model with a longer context")
 
 
+def check_context(model, tokens, what):
+    check_length(tokens, context_of(model), what)
+
+
 def check_views(model, views, names):
     """InputError, before any work, where one of these (input_ids, turn_ids) is longer than the model's context. names:
     what each one is, file and line."""
+    limit = context_of(model)
     for (input_ids, _), name in zip(views, names):
-        check_context(model, len(input_ids), name)
+        check_length(len(input_ids), limit, name)
 
 
 def check_finite(numbers, what):

@@ -73,10 +73,11 @@ class Blind(backend.Backend):
     """The world; its settings were chosen on dev tasks."""
     DEFAULTS = {
         "rollout": {"tasks": 800, "per_task": 4},
-        "critic": {"lr": 2e-3, "nll": 3.0, "batch_size": 16},
-        "candidates": {"states": 6000},
+        "critic": {"lr": 2e-3, "nll": 3.0, "batch_size": 16, "epochs": 5},
+        "candidates": {"states": 12800},  # every turn of every dialogue, as in the paper
         "actor": {"lr": 2e-3, "nll": 4.0, "batch_size": 32, "epochs": 3},
-        "multiturn": {"nll": 3.0},
+        "rft": {"lr": 2e-3},
+        "multiturn": {"lr": 2e-3, "nll": 10.0},
     }
     make_tasks = staticmethod(functools.partial(backend.make_tasks, topic_steps=TOPIC_STEPS, write=write_function))
     documents = staticmethod(functools.partial(
