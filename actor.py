@@ -43,6 +43,8 @@ class Rollout:
     """Training tasks (with --tasks: all of the file, unless given)."""
     per_task: int = 8
     """Offline dialogues a task."""
+    dialogues: int = arg(0, least=0)
+    """Offline dialogues in all, at most, task by task; 0: per-task of each."""
     max_turns: int = 4
     """Turns of a dialogue, the answer included."""
     max_tokens: int = 48
@@ -58,8 +60,10 @@ class Rollout:
 @dataclass(frozen=True)
 class Candidates:
     """Turns for the critic to choose from."""
-    states: int = 4000
-    """States (turns of offline dialogues) to sample at, at most."""
+    states: int = arg(4000, least=0)
+    """States (turns of offline dialogues) to sample at, at most; 0: any number."""
+    share: float = arg(1.0, most=1)
+    """The share of the states to sample at."""
     n: int = 16
     """Candidates a state."""
 

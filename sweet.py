@@ -72,6 +72,8 @@ class Eval:
     """Held-out dialogues."""
     tasks: int = 500
     """Held-out tasks (with --heldout: all of the file, unless given)."""
+    first: int = arg(0, least=0)
+    """Held-out tasks that --tasks begins with, where there is no --heldout; 0: none."""
     split: Literal["dev", "test"] = "test"
     """Held-out tasks of the small world: dev (to choose settings) or test (once)."""
     top_p: float = arg(0.9, most=1)
@@ -140,7 +142,7 @@ class Run:
             self.variant = self.root / critic_folder(kind)
             self.methods = {**METHODS, "actor": title_of(kind)}
             left_out |= {"rft", "multiturn"}
-        if no_held_out(self.given):
+        if no_held_out(self.given, settings["eval"].first):
             left_out |= {"eval", "credit"}
         self.stages = {}
         for name, stage in STAGES.items():
@@ -184,13 +186,27 @@ class Run:
     def human(self):
         return self.world.human(self.given.human, self.settings["human"], self.machine, self.seed)
 
-    def tasks(self, file, group, split, seed):
-        if file:
-            return load_tasks(file)[:getattr(self.options, f"{group}.tasks")]
-        return self.world.make_tasks(self.settings[group].tasks, seed, split)
+    def training_tasks(self):
+        cfg, first = self.settings["rollout"], self.settings["eval"].first
+        if not self.given.tasks:
+            return self.world.make_tasks(cfg.tasks, cfg.seed or self.seed, "train")
+        found = load_tasks(self.given.tasks)
+        if not self.given.heldout:
+            if len(found) <= first:
+                raise InputError(f"--tasks {self.given.tasks}: holds {len(found)} tasks, of which --eval-first keeps "
+                                 f"{first} for evaluation: none is left to train on; lower it, or name --heldout")
+            found = found[first:]
+        return found[:getattr(self.options, "rollout.tasks")]
 
     def held_out(self):
-        return self.tasks(self.given.heldout, "eval", self.settings["eval"].split, self.seed)
+        cfg = self.settings["eval"]
+        if self.given.heldout:
+            found = load_tasks(self.given.heldout)
+        elif self.given.tasks:
+            found = load_tasks(self.given.tasks)[:cfg.first]
+        else:
+            return self.world.make_tasks(cfg.tasks, self.seed, cfg.split)
+        return found[:getattr(self.options, "eval.tasks")]
 
     def learning(self, model, tokenizer):
         """What a stage hands on to machinery.train.fit: how to save, and what fits into memory."""
@@ -230,7 +246,7 @@ def stage_base(run):
 def stage_rollout(run):
     cfg, human = run.settings["rollout"], run.human()
     seed = cfg.seed or run.seed
-    tasks = run.tasks(run.given.tasks, "rollout", "train", seed)
+    tasks = run.training_tasks()
     model, tokenizer = run.model("base")
     actor.check_tasks(model, tokenizer, tasks, cfg)
 
@@ -239,6 +255,8 @@ def stage_rollout(run):
         return actor.play_tasks(model, tokenizer, [tasks[i] for i, _ in part], human, keys, cfg,
                                 temperature=cfg.temperature, **run.rules)
     dialogues = list(itertools.product(range(len(tasks)), range(cfg.per_task)))
+    if cfg.dialogues:
+        dialogues = dialogues[:cfg.dialogues]
     write_groups(run.path("trajectories.jsonl"), dialogues, run.machine.rows, group, "rollout")
 
 
@@ -263,7 +281,8 @@ def stage_samples(run):
                 messages = trajectory["dialogue_history"][:turn]
                 states.append({"task": trajectory["task"], "messages": messages})
                 names.append(f"{trajectory['where']}, its reference and turn {turn // 2 + 1}")
-        n = min(cfg.states, len(states))
+        n = max(1, round(cfg.share * len(states)))
+        n = min(n, len(states), cfg.states or n)
         chosen = rng.sample(range(len(states)), n)
         chosen.sort()  # so that states of one task share what they can
         states = [states[i] for i in chosen]
@@ -417,7 +436,7 @@ PLAYED = ("human", "clip", "rollout.max_turns", "rollout.max_tokens", "rollout.c
 STAGES = {
     "base": Stage(stage_base, "base", (), ("model",), "model", ("base.*",)),
     "rollout": Stage(stage_rollout, "trajectories.jsonl", ("base",), ("trajectories",), "trajectories",
-                     ("tasks", "human", "clip", "rollout.*", *LOADED)),
+                     ("tasks", "human", "clip", "eval.first", "rollout.*", *LOADED)),
     "critic": Stage(stage_critic, "critic", ("rollout",), ("pairs.per_task", "pairs.margin", "critic.*", *TRAINED)),
     "samples": Stage(stage_samples, "samples.jsonl", ("rollout",), ("candidates", *LOADED), "candidates",
                      ("candidates.*", "rollout.max_tokens")),
@@ -428,10 +447,10 @@ STAGES = {
     "multiturn": Stage(stage_multiturn, "multiturn", ("rollout",), ("pairs.margin", "multiturn.*", *TRAINED)),
     "eval": Stage(stage_eval, "eval.jsonl", ("actor", "rft", "multiturn"), ("eval.*", "heldout", *PLAYED)),
     "credit": Stage(credit.check, "credit.json", ("critic",), (
-        "eval.tasks", "eval.split", "heldout", "candidates.n", "credit.*", *PLAYED)),
+        "eval.tasks", "eval.first", "eval.split", "heldout", "candidates.n", "credit.*", *PLAYED)),
     "report": Stage(stage_report, "report.html", ("actor", "rft", "multiturn", "eval", "credit")),
     "best-of-n": Stage(best_of_n.play, "best-of-n.jsonl", ("critic",), (
-        "eval.tasks", "eval.split", "heldout", *PLAYED)),
+        "eval.tasks", "eval.first", "eval.split", "heldout", *PLAYED)),
 }
 
 
@@ -543,6 +562,8 @@ def check_files(run):
     """InputError on bad input, before any long work starts."""
     for file in filter(None, (run.given.tasks, run.given.heldout)):
         load_tasks(file, run.world.OPTIONAL)
+    if run.given.tasks:
+        run.training_tasks()
     kinds = {run.given.trajectories: schema.trajectory(), run.given.candidates: schema.outside_state()}
     for file in filter(None, kinds):
         for _ in schema.read_records(file, kinds[file], "record"):
@@ -583,7 +604,7 @@ def begin(run, stage):
     todo = stages_to_do(run, run.stages, stage)
     if todo:
         check_files(run)
-    check_tasks_given(run.given, stage)
+    check_tasks_given(run.given, run.settings["eval"].first, stage)
     check_start(run, stage, todo)
     run.todo = {name: measured(run, name) for name in STAGES if name in todo}
     if stage == "table":

@@ -17,9 +17,9 @@ import tyro
 from tyro import _errors  # where tyro says in parts what is wrong; private, hence its exact version
 
 from machinery.files import InputError
-from machinery.train import ONE_GPU, PAPER, SMOKE, check_values, flag_of, name_of
+from machinery.train import OFFICIAL, PAPER, PRESETS, check_values, flag_of, name_of
 
-PRESETS = {"small": {}, "paper": PAPER, "one-gpu": ONE_GPU}
+SOURCES = {"paper": PAPER, "official code": OFFICIAL}
 MATTER = """task run seed smoke preset redo model tasks heldout human device rollout.tasks
     eval.tasks""".split()  # the flags that --help shows
 
@@ -37,7 +37,7 @@ class Common:
     """Seed of everything."""
     smoke: bool = False
     """Everything in miniature; its numbers mean nothing."""
-    preset: Literal[tuple(PRESETS)] = "small"
+    preset: Literal["small", "paper", "one-gpu"] = "small"
     """Defaults: small (the small world's), paper, or one-gpu."""
     redo: str = ""
     """STAGE[,STAGE]: remove it, with what came of it; make it again."""
@@ -66,9 +66,11 @@ class Flags:
         texts = {part.arg_name: part.description for part in docstring_parser.parse_from_object(kind).params}
         made = []
         for f in fields(kind):
-            name, paper = name_of(group, f), PAPER.get(group, {}).get(f.name)
+            name, said = name_of(group, f), ""
             self.texts[name] = " ".join(texts[f.name].split())
-            said = "" if paper is None else f", paper {paper!r}"
+            for source, values in SOURCES.items():
+                if f.name in values.get(group, {}):
+                    said += f", {source} {values[group][f.name]!r}"
             how = tyro.conf.arg(name=self.flags[name][2:], prefix_name=False, help=self.texts[name],
                                 metavar="STAGE" if name == "stage" else None,
                                 help_behavior_hint=f"(default {f.default!r}{said})")
@@ -148,11 +150,18 @@ class Flags:
 def read_settings(options, groups, defaults, flags=True):
     """The hyper-parameters: flags (unless they are left out) over --smoke over --preset over a world's defaults over
     those of the dataclasses."""
-    settings = {}
+    settings, preset = {}, options.preset
+    device = (options.device or "").partition(":")[0]
+    names = [preset, f"{preset}-{options.task}", f"{preset}-{device}"]
+    if preset == "paper":
+        names = ["official", "neither", *names]
+    layers = [defaults, *(PRESETS.get(name, {}) for name in names)]
+    if options.smoke:
+        layers.append(PRESETS["smoke"])
     for group, kind in groups.items():
-        values = {**defaults.get(group, {}), **PRESETS[options.preset].get(group, {})}
-        if options.smoke:
-            values |= SMOKE.get(group, {})
+        values = {}
+        for layer in layers:
+            values |= layer.get(group, {})
         for f in fields(kind) if flags else ():
             said = getattr(options, name_of(group, f))
             if said is not None:

@@ -29,19 +29,20 @@ def flat(settings, **more):
     return found
 
 
-def no_held_out(given):
-    """Whether there are tasks of the user's to train on, but none to evaluate on."""
-    return bool(given.tasks and not given.heldout)
+def no_held_out(given, first):
+    """Whether there are tasks of the user's to train on, but none to evaluate on. first: how many of them are kept for
+    that."""
+    return bool(given.tasks and not given.heldout and not first)
 
 
-def check_tasks_given(given, stage):
+def check_tasks_given(given, first, stage):
     """InputError where a stage needs tasks that the user did not bring; says what is left out for want of them."""
     if given.heldout and not (given.tasks or given.trajectories) and stage not in ("base", "play"):
         raise InputError("--heldout without --tasks or --trajectories: training tasks are missing")
     wanted = stage in ("eval", "credit", "best-of-n", "table", "play") or stage.startswith("study ")
-    if no_held_out(given) and wanted:
+    if no_held_out(given, first) and wanted:
         raise InputError(f"--tasks without --heldout: {stage} needs held-out tasks, a ColBench file: --heldout FILE")
-    if no_held_out(given) and stage in ("all", "report"):
+    if no_held_out(given, first) and stage in ("all", "report"):
         note("sweet: note: --tasks without --heldout: held-out tasks are missing, so eval and credit are left out")
 
 

@@ -105,7 +105,7 @@ class Machine:
 
 
 PRESETS = tomllib.loads(Path(__file__).with_name("presets.toml").read_text(encoding="utf-8"))
-PAPER, ONE_GPU, SMOKE = PRESETS["paper"], PRESETS["one-gpu"], PRESETS["smoke"]
+PAPER, OFFICIAL = PRESETS["paper"], PRESETS["official"]
 
 
 def load_model(path, cfg=None, train=False, seed=0):

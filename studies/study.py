@@ -96,12 +96,15 @@ def name_of(share):
 
 def sized(run, seed, share, first):
     """The words of the run that has this share of the dialogues, from the base policy of the first one."""
-    rollout, states = run.settings["rollout"], run.settings["candidates"].states
-    tasks = rollout.tasks
-    if run.given.tasks:
-        tasks = len(run.tasks(run.given.tasks, "rollout", "train", seed))
+    cfg = run.settings["rollout"]
+    tasks = len(run.training_tasks()) if run.given.tasks else cfg.tasks
+    whole = {
+        "--rollout-tasks": tasks,
+        "--rollout-dialogues": cfg.dialogues,
+        "--candidates-states": run.settings["candidates"].states,
+    }
     words = of_seed(run, seed, name_of(share))
-    words += [f"--rollout-tasks={max(2, round(tasks * share))}", f"--candidates-states={max(2, round(states * share))}"]
+    words += [f"{flag}={max(2, round(n * share))}" for flag, n in whole.items() if n]
     if share != first and not run.given.model:
         words.append(f"--model={run.root / f'seed{seed}{name_of(first)}' / 'base'}")
     return words

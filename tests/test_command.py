@@ -14,6 +14,7 @@ import torch
 import actor
 import sweet as program
 from machinery import bars, folder, process, train
+from machinery.files import InputError
 
 
 def main(*args):
@@ -74,8 +75,11 @@ def test_help_all_has_every_flag_with_its_default_and_the_papers_value(capsys, m
     for group, kind in program.GROUPS.items():
         for field in dataclasses.fields(kind):
             flag = train.flag_of(group, field)
-            paper = train.PAPER.get(group, {}).get(field.name)
-            said = f"(default {field.default!r}{'' if paper is None else f', paper {paper!r}'})"
+            said = f"(default {field.default!r}"
+            for source, values in (("paper", train.PAPER), ("official code", train.OFFICIAL)):
+                if field.name in values.get(group, {}):
+                    said += f", {source} {values[group][field.name]!r}"
+            said += ")"
             assert re.search(rf" {flag}[, ].*?(\(default .*)", text)[1].startswith(said), (flag, said)
     assert text.count("--critic-lr FLOAT") == 1 and "LR LR" not in text and "--seed INT, " not in text
 
@@ -86,8 +90,14 @@ PAPER = [
     ("actor", {"lr": 2e-7, "beta": 0.1, "nll": 0.01, "batch_size": 8, "epochs": 1}),
     ("rft", {"lr": 2e-7, "batch_size": 32, "epochs": 4}),
     ("multiturn", {"lr": 2e-7, "beta": 0.1, "nll": 0.01, "batch_size": 8, "epochs": 4}),
-    ("rollout", {"tasks": 10000, "max_turns": 10}), ("eval", {"tasks": 1000}), ("candidates", {"n": 16}),
-    ("pairs", {"margin": 0.0, "per_state": 4})]
+    ("rollout", {"tasks": 10000, "dialogues": 15000, "max_turns": 10, "max_tokens": 1024}),
+    ("eval", {"tasks": 1000, "first": 1000}), ("candidates", {"n": 16, "share": 0.1, "states": 0}),
+    ("pairs", {"margin": 0.0, "per_state": 4}), ("machine", {"dtype": "float32"})]
+PAPER_ON_PAGES = [
+    ("critic", {"lr": 2e-7, "epochs": 8, "kind": "regression"}), ("rft", {"lr": 2e-7, "epochs": 8}),
+    ("multiturn", {"beta": 0.1, "epochs": 8}), ("actor", {"lr": 2e-7, "beta": 0.1, "epochs": 1}),
+    ("rollout", {"dialogues": 6000, "max_turns": 10}), ("eval", {"tasks": 500}), ("pairs", {"margin": 0.1}),
+    ("machine", {"dtype": "bfloat16"})]
 
 
 @pytest.mark.parametrize("group, values", PAPER)
@@ -95,6 +105,14 @@ def test_the_papers_values(group, values, tmp_path):
     made = settings("--run", tmp_path, "--preset", "paper", "--critic-epochs", "2")[group]
     expected = {**values, "epochs": 2} if group == "critic" else values
     assert {name: getattr(made, name) for name in values} == expected
+
+
+@pytest.mark.parametrize("group, values", PAPER_ON_PAGES)
+def test_the_papers_values_on_pages_and_on_a_gpu(group, values, tmp_path):
+    made = settings("--run", tmp_path, "--preset", "paper", "--task", "frontend", "--device", "cuda:1")[group]
+    assert {name: getattr(made, name) for name in values} == values
+    run = run_of(tmp_path, "--preset", "paper", "--task", "frontend")
+    assert run.variant == run.root  # the preset's critic is the run's own
 
 
 def test_every_field_has_a_docstring_and_settings_are_frozen():
@@ -432,3 +450,41 @@ def test_a_table_says_to_each_seed_what_it_was_told(tmp_path, monkeypatch):
         one = program.open_run([*command[2:], *line])
         assert (one.seed, one.settings["critic"].lr, one.options.smoke) == (6, 0.5, True)
         assert (one.variant == one.root) == (not extra) and one.root == tmp_path / "t/seed6"
+
+
+def test_the_first_rows_of_one_file_are_held_out(tmp_path):
+    rows = [{"problem_description": f"task {i}", "ground_truth": "def f(): return 1", "test_cases": {"a": "f()"}}
+            for i in range(7)]
+    file = tmp_path / "tasks.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def names(*flags):
+        run = run_of(tmp_path / "r", "--tasks", file, *flags)
+        return ["".join(t.problem_description[-1] for t in found()) for found in (run.training_tasks, run.held_out)]
+    assert names("--eval-first=3") == ["3456", "012"]
+    assert names("--eval-first=3", "--rollout-tasks=2", "--eval-tasks=1") == ["34", "0"]
+    assert names("--eval-first=3", "--heldout", file) == ["0123456", "0123456"]
+    assert run_of(tmp_path / "r", "--tasks", file, "--eval-first=3").record.needs("report")[-3:] == [
+        "eval", "credit", "report"]
+    assert "eval" not in run_of(tmp_path / "r", "--tasks", file).record.needs("report")
+    with pytest.raises(InputError, match="holds 7 tasks, of which --eval-first keeps 1000"):
+        names("--preset=paper")
+
+
+def test_how_many_dialogues_and_states(tmp_path, monkeypatch):
+    """Dialogues task by task up to their number; a share of all states, or so many at most."""
+    made = []
+    monkeypatch.setattr(program, "write_groups", lambda path, items, *_: made.append(items))
+    monkeypatch.setattr(program.Run, "model", lambda *_, **__: (None, None))
+    monkeypatch.setattr(program.actor, "check_tasks", lambda *_: None)
+    monkeypatch.setattr(program.actor, "check_states", lambda *_: None)
+    history = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
+    offline = [{"task": {}, "dialogue_history": history, "where": f"line {i}"} for i in range(20)]
+    monkeypatch.setattr(program.Run, "trajectories", lambda *_: offline)
+    for flags, count in (([], 10), (["--rollout-dialogues=7"], 7), (["--rollout-dialogues=70"], 10)):
+        program.stage_rollout(run_of(tmp_path, "--rollout-tasks=5", "--rollout-per-task=2", *flags))
+        assert made[-1] == [(i // 2, i % 2) for i in range(count)]
+    for flags, count in ([], 40), (["--candidates-share=0.1"], 4), (["--candidates-states=3"], 3), ([
+            "--candidates-share=0.5", "--candidates-states=0"], 20), (["--candidates-share=0.001"], 1):
+        program.stage_samples(run_of(tmp_path, *flags))
+        assert len(made[-1]) == count
