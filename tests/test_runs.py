@@ -177,7 +177,7 @@ def test_a_stop_while_programs_are_graded_leaves_no_process(tmp_path):
                       "stop_on_signals()\nfrom env import Task, grade\nprint('begins', flush=True)\n"
                       "task = Task('p', 'def f(): return 1', {'a': 'f()'})\n"
                       "grade(['def f():\\n    while 1: pass'] + [f'def f():\\n    return {i}' for i in range(400)], "
-                      "[task] * 401, 30.0, 30.0)\n")
+                      "[task] * 401, call_seconds=30.0, answer_seconds=30.0)\n")
     running = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert running.stdout.readline() == "begins\n"
 
