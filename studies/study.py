@@ -103,7 +103,7 @@ def sized(run, seed, share, first):
         "--rollout-dialogues": cfg.dialogues,
         "--candidates-states": run.settings["candidates"].states,
     }
-    words = of_seed(run, seed, name_of(share))
+    words = ["eval", *of_seed(run, seed, name_of(share))]  # without the stage credit, which takes as long as an actor
     words += [f"{flag}={max(2, round(n * share))}" for flag, n in whole.items() if n]
     if share != first and not run.given.model:
         words.append(f"--model={run.root / f'seed{seed}{name_of(first)}' / 'base'}")
@@ -131,7 +131,7 @@ def chain_of(run, name, seed):
             found |= with_critics(f"{title}, {share}", words, critics_of_study(run, ["untrained"]))
         return found
     for number in range(1, run.settings["study"].rounds + 1):
-        words = of_seed(run, seed, round_name(number))
+        words = ["eval", *of_seed(run, seed, round_name(number))]
         if number > 1:
             before = run.root / f"seed{seed}{round_name(number - 1)}"
             words += [f"--model={before / 'actor'}", f"--rollout-seed={1000 * (number - 1) + seed + 1}"]

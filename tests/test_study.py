@@ -37,7 +37,7 @@ def a_run(root, **options):
 # ------------------------------------------------------------------ which runs
 
 def opened(words):
-    return program.open_run([word for word in words if word != "best-of-n"])
+    return program.open_run([word for word in words if word.startswith("--")])
 
 
 def test_the_runs_of_each_study(tmp_path):
@@ -45,7 +45,7 @@ def test_the_runs_of_each_study(tmp_path):
     for name in ("critics", "best-of-n"):
         chain = study.chains(run, name, [3])["seed3"]
         assert list(chain) == ["seed 3", "seed 3, oracle", "seed 3, value"]
-        assert all(("best-of-n" in words) == (name == "best-of-n") for words in chain.values())
+        assert all((words[0] == "best-of-n") == (name == "best-of-n") for words in chain.values())
         made = [opened(words) for words in chain.values()]
         assert {one.root for one in made} == {tmp_path / "seed3"} and {one.seed for one in made} == {3}
         assert [one.settings["critic"].kind for one in made] == ["bradley-terry", "oracle", "value"]
@@ -55,6 +55,7 @@ def test_sizes_share_a_base_policy_and_states_grow_with_dialogues(tmp_path):
     chain = study.chains(a_run(tmp_path, sizes="1/16,1/4,1"), "data", [3])["seed3"]
     assert list(chain) == [f"seed 3, {share}{more}" for share in ("1", "1/4", "1/16") for more in ("", ", untrained")]
     (tmp_path / "seed3-size1/base").mkdir(parents=True)
+    assert all(words[0] == "eval" for words in chain.values())
     made = [opened(words) for words in chain.values()][::2]
     assert [one.given.model for one in made] == ["", *[str(tmp_path / "seed3-size1/base")] * 2]
     assert [(one.settings["rollout"].tasks, one.settings["candidates"].states) for one in made] == [
