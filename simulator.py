@@ -20,7 +20,7 @@ import sys
 
 from tqdm import tqdm
 
-from env import end_of_turn, render
+from env import render
 from machinery.files import InputError, forgive, note
 from machinery.optional import make
 from machinery.server import Endpoint, Server
@@ -102,25 +102,38 @@ def prompt_for(task, dialogue):
 
 
 class ModelHuman(Human):
-    """A causal language model from a Hugging Face directory or name, decoded greedily, one dialogue after the other."""
+    """A causal language model from a Hugging Face directory or name, that answers all dialogues side by side. cfg: a
+    Server; machine: a Machine. The same seed and dialogue give the same reply, in any order of calls."""
 
-    def __init__(self, path, machine=None, max_tokens=128):
-        from machinery.greedy import Greedy
-        from machinery.train import load_model
-        self.model, self.tokenizer = load_model(path, machine)
-        self.greedy = Greedy(self.model, self.tokenizer, end_of_turn(self.tokenizer), max_tokens)
+    def __init__(self, path, cfg=None, machine=None, seed=0):
+        from machinery.speaker import Speaker
+        from machinery.train import Machine, load_model
+        self.cfg, self.machine, self.seed = cfg or Server(), machine or Machine(), seed
+        self.speaker = Speaker(*load_model(path, machine))
 
     def reply(self, tasks, dialogues):
-        prompts = [render(self.tokenizer, prompt_for(*pair))[0] for pair in zip(tasks, dialogues)]
-        return say([self.greedy.complete(ids) for ids in prompts], tasks)
+        rows, texts = self.machine.rows, []
+        for i in range(0, len(tasks), rows):
+            texts += self.texts(tasks[i:i + rows], dialogues[i:i + rows])
+        return say(texts, tasks)
+
+    def texts(self, tasks, dialogues):
+        prompts, keys, groups = [], [], []
+        for task, dialogue in zip(tasks, dialogues):
+            told = prompt_for(task, dialogue)
+            prompt, _ = render(self.speaker.tokenizer, told)
+            prompts.append(tuple(prompt))
+            keys.append((self.seed, "human", told))
+            groups.append(task.hidden_information)
+        return self.speaker.complete(prompts, keys, groups, self.cfg.temperature, self.cfg.max_tokens)
 
 
 class EndpointHuman(Human):
     """A model behind an OpenAI-compatible server (`machinery.server`); a refusal to speak counts as `silence`."""
     silence, conversation = NO_PREFERENCE, staticmethod(prompt_for)  # what it is told, of a task and a dialogue
 
-    def __init__(self, url, cfg):
-        self.url, self.endpoint = url, Endpoint(url, cfg)
+    def __init__(self, url, cfg, seed=0):
+        self.url, self.endpoint = url, Endpoint(url, cfg, seed)
 
     def reply(self, tasks, dialogues):
         texts = self.endpoint.complete([self.conversation(*pair) for pair in zip(tasks, dialogues)])
@@ -136,7 +149,7 @@ def make_human(spec, respond=None, seed=0, cfg=None, machine=None):
     if spec == "me":
         return ConsoleHuman()
     if spec.startswith(("http://", "https://")):
-        return EndpointHuman(spec, cfg or Server())
+        return EndpointHuman(spec, cfg or Server(), seed)
     if ":" in spec:
         return make(spec, "--human", "reply(tasks, dialogues)")
-    return ModelHuman(spec, machine)
+    return ModelHuman(spec, cfg, machine, seed)

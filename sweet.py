@@ -368,6 +368,7 @@ def stage_eval(run):
     tasks, cfg, loaded = run.held_out(), run.settings["eval"], {}
     names = run.methods if run.variant == run.root else ["actor"]
     todo = list(itertools.product(names, (1.0, cfg.top_p), range(len(tasks))))
+    human = run.human()
 
     def group(part, _):
         method, top_p, _ = part[0]
@@ -377,7 +378,7 @@ def stage_eval(run):
             actor.check_tasks(*loaded[method], tasks, run.settings["rollout"], with_c=False)
         chosen = [i for _, _, i in part]
         keys = [(run.seed, "eval", i) for i in chosen]
-        played = actor.play_tasks(*loaded[method], [tasks[i] for i in chosen], run.human(), keys,
+        played = actor.play_tasks(*loaded[method], [tasks[i] for i in chosen], human, keys,
                                   run.settings["rollout"], top_p=top_p, **run.rules)
         records = []
         for trajectory in played:
@@ -413,11 +414,12 @@ class Stage:
 
 LOADED = ("dtype", "attention")
 TRAINED = (*LOADED, "lora")
-PLAYED = ("human", "clip", "rollout.max_turns", "rollout.max_tokens", "rollout.call_seconds")
+HUMAN = ("human", "human.max_tokens", "human.temperature")
+PLAYED = (*HUMAN, "clip", "rollout.max_turns", "rollout.max_tokens", "rollout.call_seconds")
 STAGES = {
     "base": Stage(stage_base, "base", (), ("model",), "model", ("base.*",)),
     "rollout": Stage(stage_rollout, "trajectories.jsonl", ("base",), ("trajectories",), "trajectories",
-                     ("tasks", "human", "clip", "rollout.*", *LOADED)),
+                     ("tasks", *HUMAN, "clip", "rollout.*", *LOADED)),
     "critic": Stage(stage_critic, "critic", ("rollout",), ("pairs.per_task", "pairs.margin", "critic.*", *TRAINED)),
     "samples": Stage(stage_samples, "samples.jsonl", ("rollout",), ("candidates", *LOADED), "candidates",
                      ("candidates.*", "rollout.max_tokens")),

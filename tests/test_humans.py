@@ -12,10 +12,12 @@ import torch
 from conftest import CHAT, Proxy, free_port, save_model, three_in_ten
 
 import machinery.server
+import machinery.speaker
 from env import Task, end_of_turn, render
 from machinery.files import InputError, read_jsonl
 from machinery.server import Server
 from machinery.thoughts import spoken
+from machinery.train import Machine
 from simulator import NO_PREFERENCE, EndpointHuman, ModelHuman, make_human, prompt_for
 from worlds import backend as world
 
@@ -303,12 +305,10 @@ def test_a_local_models_thoughts_are_its_own(tmp_path, monkeypatch, capsys, mark
     texts = ["<think>SECRET</think>\nIt sorts.<|im_end|>", "SECRET</think>It sorts.<|im_end|>", "<think>SECRET",
              "<think>SECRET</think><|im_end|>", "SECRET" if template == OPEN else "It sorts.<|im_end|>"]
 
-    def generate(prompt, **_):
-        out = human.tokenizer.encode(texts[len(asked)], add_special_tokens=False)
-        asked.append(prompt)
-        return torch.tensor([prompt[0].tolist() + out])
-    asked = []
-    monkeypatch.setattr(human.model, "generate", generate)
+    def written(*_, stop, **__):
+        made = [human.speaker.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        return [ids[:-1] if ids[-1] in stop else ids for ids in made]
+    monkeypatch.setattr(machinery.speaker, "sample", written)
     last = NO_PREFERENCE if template == OPEN else "It sorts."
     agent = dialogue("Is <think> a tag?")  # of the agent's, not of this model's
     assert human.reply([TASK] * 5, [agent] * 5) == ["It sorts.", "It sorts.", NO_PREFERENCE, NO_PREFERENCE, last]
@@ -321,13 +321,29 @@ def test_a_local_models_thoughts_are_its_own(tmp_path, monkeypatch, capsys, mark
 def plain_model(tmp_path_factory):
     """(its folder, the ids of a prompt, what an own loop of argmax makes of them)"""
     folder = tmp_path_factory.mktemp("greedy")
-    human = ModelHuman(save_model(folder, seed=11))
-    prompt, _ = render(human.tokenizer, prompt_for(TASK, dialogue()))
+    speaker = ModelHuman(save_model(folder, seed=11)).speaker
+    prompt, _ = render(speaker.tokenizer, prompt_for(TASK, dialogue()))
+    return folder, prompt, likeliest(speaker.model, prompt, 16)
+
+
+def likeliest(model, prompt, n, ends=()):
+    """A loop of argmax over whole sequences, one at a time, without a cache: up to n ids, or up to one of `ends`."""
     ids = list(prompt)
     with torch.no_grad():
-        for _ in range(16):
-            ids.append(int(human.model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return folder, prompt, ids[len(prompt):]
+        while len(ids) < len(prompt) + n and ids[len(prompt):][-1:] not in [[end] for end in ends]:
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt):]
+
+
+def overheard(monkeypatch):
+    """A list that gets the ids of all that a local model says from now on."""
+    made, plain = [], machinery.speaker.sample
+
+    def listening(*args, **how):
+        made.extend(turns := plain(*args, **how))
+        return turns
+    monkeypatch.setattr(machinery.speaker, "sample", listening)
+    return made
 
 
 @pytest.mark.parametrize("default", [
@@ -342,12 +358,10 @@ def test_a_local_model_takes_its_likeliest_tokens(plain_model, monkeypatch, recw
     folder, prompt, ids = plain_model
     default = json.loads(json.dumps(default).replace('"FIRST"', json.dumps(ids[:1])))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 258, **default}))
-    human, made = ModelHuman(str(folder), max_tokens=16), []
-    generate = human.model.generate
-    monkeypatch.setattr(human.model, "generate", lambda *args, **kw: made.append(generate(*args, **kw)) or made[-1])
+    human, made = ModelHuman(str(folder), Server(max_tokens=16)), overheard(monkeypatch)
     reply, = human.reply([TASK], [dialogue()])
-    assert made[0][0].tolist() == prompt + ids
-    assert reply == human.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert made == [ids]
+    assert reply == human.speaker.tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert not recwarn.list and not caplog.records
 
 
@@ -355,18 +369,74 @@ def test_a_local_model_takes_its_likeliest_tokens(plain_model, monkeypatch, recw
 def test_a_local_model_stops_at_the_end_of_a_turn_and_at_its_own(plain_model, monkeypatch, eos):
     folder, prompt, ids = plain_model
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos, "min_new_tokens": 9}))
-    human = ModelHuman(str(folder), max_tokens=16)
-    own = eos if isinstance(eos, list) else [eos]
-    generate, head, made = human.model.generate, human.model.lm_head.weight, []
-    monkeypatch.setattr(human.model, "generate", lambda *args, **kw: made.append(generate(*args, **kw)) or made[-1])
-    for stop in {end_of_turn(human.tokenizer), human.tokenizer.eos_token_id, *own} - {None}:
+    human, made = ModelHuman(str(folder), Server(max_tokens=16)), overheard(monkeypatch)
+    own, model, tokenizer = eos if isinstance(eos, list) else [eos], human.speaker.model, human.speaker.tokenizer
+    head = model.lm_head.weight
+    for stop in {end_of_turn(tokenizer), tokenizer.eos_token_id, *own} - {None}:
         with torch.no_grad():
             kept = head[stop].clone()
             head[stop] = 2 * head[ids[2]]  # from now on likelier than the third token
+            wanted = likeliest(model, prompt, 16, [stop])
             human.reply([TASK], [dialogue()])
             head[stop] = kept
-        new = made[-1][0, len(prompt):].tolist()
-        assert new[-1] == stop and stop not in new[:-1] and len(new) < 9
+        assert [*made[-1], stop] == wanted and len(wanted) < 9
+
+
+# ------------------------------------------------------------------ many at once
+
+QUESTIONS = ["?", "Which one do you mean, the first or the last of them?", "Is it sorted? " * 9, "So?"]
+
+
+@pytest.fixture(scope="module")
+def crowd():
+    """Dialogues of several tasks and lengths; three of them on one task, two of these alike."""
+    tasks = [TASK, *world.make_tasks(2, seed=3), TASK, PAGE, TASK]
+    dialogues = [dialogue(QUESTIONS[i % 4]) for i in range(5)] + [dialogue(QUESTIONS[0])]
+    dialogues[3] += [{"role": "user", "content": "The last."}, {"role": "assistant", "content": "Of how many?"}]
+    return tasks, dialogues
+
+
+@pytest.mark.parametrize("rows", [1, 4, 512])
+def test_many_dialogues_at_once_are_answered_as_one_by_one(tmp_path, crowd, monkeypatch, rows):
+    """Against a loop of argmax: whatever is read together, and wherever the others end."""
+    folder, how = save_model(tmp_path, seed=11), (Server(max_tokens=24), Machine(rows=rows))
+    speaker = ModelHuman(folder, *how).speaker
+    prompts = [render(speaker.tokenizer, prompt_for(*pair))[0] for pair in zip(*crowd)]
+    endless = [likeliest(speaker.model, prompt, 24) for prompt in prompts]
+    often = max(set(sum(endless, [])), key=lambda token: len({ids.index(token) for ids in endless if token in ids}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": often}))
+    human, made = ModelHuman(folder, *how), overheard(monkeypatch)
+    replies = human.reply(*crowd)
+    assert made == [ids[:ids.index(often)] if often in ids else ids for ids in endless]
+    assert len({len(ids) for ids in made}) > 2
+    assert replies[0] == replies[5] and len(set(replies)) > 2
+    assert human.reply(*[part[::-1] for part in crowd]) == replies[::-1]
+
+
+def test_what_the_prompts_of_a_task_have_in_common_is_read_once(tmp_path):
+    human = ModelHuman(save_model(tmp_path), Server(max_tokens=1))
+    prompts = [tuple(render(human.speaker.tokenizer, prompt_for(TASK, dialogue(question)))[0])
+               for question in ("Which?", "What?")]
+    shared = len(os.path.commonprefix(prompts))
+    seen = []
+    human.speaker.model.base_model.register_forward_pre_hook(
+        lambda _, args, how: seen.append(tuple(how["input_ids"].shape)), with_kwargs=True)
+    human.reply([TASK] * 2, [dialogue("Which?"), dialogue("What?")])
+    probe = max(rows * tokens for rows, tokens in seen[:-2] if (rows, tokens) != (1, shared))
+    assert shared > 400 > probe and seen.count((1, shared)) == 1
+    assert seen[-1] == (1, sum(map(len, prompts)) - 2 * shared)
+
+
+def test_a_temperature_draws_and_its_seed_says_what(tmp_path, crowd):
+    """Of each dialogue what its seed says, in any order and company; the frequencies are the model's."""
+    folder = save_model(tmp_path, seed=11)
+
+    def human(seed, temperature=1.0, **how):
+        return ModelHuman(folder, Server(max_tokens=12, temperature=temperature), Machine(**how), seed)
+    replies = human(0).reply(*crowd)
+    assert human(0, rows=1).reply(*[part[::-1] for part in crowd])[::-1] == replies
+    assert human(1).reply(*crowd) != replies != human(0, 0.0).reply(*crowd)
+    assert human(0, 1e-4).reply(*crowd) == human(0, 0.0).reply(*crowd)
 
 
 # ------------------------------------------------------------------ a real server
@@ -378,7 +448,7 @@ def test_a_real_server_replies_as_the_same_model_does_here(server):
     dialogues = [dialogue(f"What about step {i}?") for i in range(4)]
     replies = EndpointHuman(url, Server(model=name, max_tokens=12)).reply(tasks, dialogues)
     assert len(set(replies)) > 1 and all(0 < len(reply) <= 400 for reply in replies)
-    here = ModelHuman(name, max_tokens=12)
+    here = ModelHuman(name, Server(max_tokens=12))
     assert here.reply(tasks, dialogues) == replies
     assert tasks[0].ground_truth in prompt_for(tasks[0], dialogues[0])[0]["content"]
 
