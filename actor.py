@@ -215,10 +215,10 @@ def graded(envs, grade):
     yield from grade(answers, tasks)
 
 
-def check_tasks(model, tokenizer, tasks, cfg, with_c=True):
+def check_tasks(model, tokenizer, tasks, cfg, instructions=INSTRUCTIONS, with_c=True):
     """InputError, before any work, where a task's first prompt, perhaps with c, is too long for the model."""
     for i, task in enumerate(tasks, 1):
-        messages = DialogueEnv(cfg.max_turns).reset(task)
+        messages = DialogueEnv(cfg.max_turns, instructions).reset(task)
         ids, _ = render(tokenizer, messages, task.ground_truth if with_c else None)
         what = f"{task.where}: task {i}{', its reference' if with_c else ''} and one turn"
         check_context(model, len(ids) + cfg.max_tokens, what)

@@ -21,7 +21,7 @@ import sys
 from tqdm import tqdm
 
 from env import render
-from machinery.files import InputError, forgive, note
+from machinery.files import InputError, fill, forgive, note, read_prompt
 from machinery.optional import make
 from machinery.server import Endpoint, Server
 from machinery.thoughts import spoken
@@ -93,12 +93,18 @@ class ConsoleHuman(Human):
         return replies
 
 
-def prompt_for(task, dialogue):
+def role_of(cfg):
+    """What a language model is told: ROLE, or the file that a Server's `prompt` names. InputError if that is unfit."""
+    return read_prompt(cfg.prompt, "--human-prompt", ["solution", "conversation"], ["request"]) if cfg.prompt else ROLE
+
+
+def prompt_for(task, dialogue, role=ROLE):
     """The one message that tells a language model to be this human."""
     names = {"user": "You", "assistant": "Assistant"}
     request = [{"role": "user", "content": task.problem_description}]
     conversation = "\n".join(f"{names[m['role']]}: {m['content']}" for m in request + dialogue[1:])
-    return [{"role": "user", "content": ROLE.format(solution=task.hidden_information, conversation=conversation)}]
+    text = fill(role, solution=task.hidden_information, conversation=conversation, request=task.problem_description)
+    return [{"role": "user", "content": text}]
 
 
 class ModelHuman(Human):
@@ -109,6 +115,7 @@ class ModelHuman(Human):
         from machinery.speaker import Speaker
         from machinery.train import Machine, load_model
         self.cfg, self.machine, self.seed = cfg or Server(), machine or Machine(), seed
+        self.role = role_of(self.cfg)
         self.speaker = Speaker(*load_model(path, machine))
 
     def reply(self, tasks, dialogues):
@@ -120,7 +127,7 @@ class ModelHuman(Human):
     def texts(self, tasks, dialogues):
         prompts, keys, groups = [], [], []
         for task, dialogue in zip(tasks, dialogues):
-            told = prompt_for(task, dialogue)
+            told = prompt_for(task, dialogue, self.role)
             prompt, _ = render(self.speaker.tokenizer, told)
             prompts.append(tuple(prompt))
             keys.append((self.seed, "human", told))
@@ -130,10 +137,15 @@ class ModelHuman(Human):
 
 class EndpointHuman(Human):
     """A model behind an OpenAI-compatible server (`machinery.server`); a refusal to speak counts as `silence`."""
-    silence, conversation = NO_PREFERENCE, staticmethod(prompt_for)  # what it is told, of a task and a dialogue
+    silence = NO_PREFERENCE
 
     def __init__(self, url, cfg, seed=0):
+        self.role = role_of(cfg)
         self.url, self.endpoint = url, Endpoint(url, cfg, seed)
+
+    def conversation(self, task, dialogue):
+        """What it is told."""
+        return prompt_for(task, dialogue, self.role)
 
     def reply(self, tasks, dialogues):
         texts = self.endpoint.complete([self.conversation(*pair) for pair in zip(tasks, dialogues)])
@@ -144,11 +156,14 @@ class EndpointHuman(Human):
 
 def make_human(spec, respond=None, seed=0, cfg=None, machine=None):
     """The human that `--human` names: scripted | me | URL | module:Class | a model's directory or name."""
+    is_server = spec.startswith(("http://", "https://"))
+    if cfg and cfg.prompt and not is_server and (spec in ("scripted", "me") or ":" in spec):
+        raise InputError(f"--human-prompt: --human {spec} reads none; expected a server or a local model")
     if spec == "scripted":
         return ScriptedHuman(respond, seed)
     if spec == "me":
         return ConsoleHuman()
-    if spec.startswith(("http://", "https://")):
+    if is_server:
         return EndpointHuman(spec, cfg or Server(), seed)
     if ":" in spec:
         return make(spec, "--human", "reply(tasks, dialogues)")

@@ -51,7 +51,7 @@ from env import ANSWER_MARKER
 from env import load_tasks, read_trajectories, render
 from machinery import schema
 from machinery.bars import note, whole_bars
-from machinery.files import InputError, JsonlWriter, forgive, put_text, write_groups
+from machinery.files import InputError, JsonlWriter, forgive, put_text, read_prompt, write_groups
 from machinery.flags import Flags, read_settings
 from machinery.folder import closing, critic_folder, flags_given, further_critics, keep, measured, place, recall
 from machinery.folder import remembering, show_status, to_redo
@@ -132,7 +132,6 @@ class Run:
         for further in settings["table"].further:
             find_critic(further, "--table-critics")
         self.grade = self.world.grader(self.given.clip, settings["rollout"].call_seconds)
-        self.rules = {"grade": self.grade, "instructions": self.world.INSTRUCTIONS}
         plain = settings_of(options, flags=False)
         kind = settings["critic"].kind
         self.variant, self.methods, left_out = self.root, METHODS, set()
@@ -150,6 +149,16 @@ class Run:
         defaults = flat(plain, task=options.task, seed=self.seed)
         self.redo = to_redo(self)
         self.record = Record(self.stages, values, defaults, self.outputs, self.redo)
+
+    @functools.cached_property
+    def instructions(self):
+        """What the agent reads before the request."""
+        file = self.given.instructions
+        return read_instructions(file) if file else self.world.INSTRUCTIONS
+
+    @property
+    def rules(self):
+        return {"grade": self.grade, "instructions": self.instructions}
 
     def path(self, name):
         """A file of the run. What depends on the critic lies in a folder of its own where --critic names another."""
@@ -232,7 +241,7 @@ def stage_rollout(run):
     seed = cfg.seed or run.seed
     tasks = run.tasks(run.given.tasks, "rollout", "train", seed)
     model, tokenizer = run.model("base")
-    actor.check_tasks(model, tokenizer, tasks, cfg)
+    actor.check_tasks(model, tokenizer, tasks, cfg, run.instructions)
 
     def group(part, _):
         keys = [(seed, "rollout", *key) for key in part]
@@ -375,7 +384,7 @@ def stage_eval(run):
         if method not in loaded:
             loaded.clear()
             loaded[method] = run.model(method)
-            actor.check_tasks(*loaded[method], tasks, run.settings["rollout"], with_c=False)
+            actor.check_tasks(*loaded[method], tasks, run.settings["rollout"], run.instructions, with_c=False)
         chosen = [i for _, _, i in part]
         keys = [(run.seed, "eval", i) for i in chosen]
         played = actor.play_tasks(*loaded[method], [tasks[i] for i in chosen], human, keys,
@@ -414,12 +423,12 @@ class Stage:
 
 LOADED = ("dtype", "attention")
 TRAINED = (*LOADED, "lora")
-HUMAN = ("human", "human.max_tokens", "human.temperature")
-PLAYED = (*HUMAN, "clip", "rollout.max_turns", "rollout.max_tokens", "rollout.call_seconds")
+HUMAN = ("human", "human.max_tokens", "human.temperature", "human.prompt")
+PLAYED = (*HUMAN, "instructions", "clip", "rollout.max_turns", "rollout.max_tokens", "rollout.call_seconds")
 STAGES = {
     "base": Stage(stage_base, "base", (), ("model",), "model", ("base.*",)),
     "rollout": Stage(stage_rollout, "trajectories.jsonl", ("base",), ("trajectories",), "trajectories",
-                     ("tasks", *HUMAN, "clip", "rollout.*", *LOADED)),
+                     ("tasks", *HUMAN, "instructions", "clip", "rollout.*", *LOADED)),
     "critic": Stage(stage_critic, "critic", ("rollout",), ("pairs.per_task", "pairs.margin", "critic.*", *TRAINED)),
     "samples": Stage(stage_samples, "samples.jsonl", ("rollout",), ("candidates", *LOADED), "candidates",
                      ("candidates.*", "rollout.max_tokens")),
@@ -541,8 +550,14 @@ def report_alone(run):
     print(f"\n{report.results_table([run.root], run.world)}\n{closing(run)}")
 
 
+def read_instructions(file):
+    return read_prompt(file, "--instructions", optional=["max_turns"]).rstrip() + "\n\n"
+
+
 def check_files(run):
     """InputError on bad input, before any long work starts."""
+    if run.given.instructions:
+        read_instructions(run.given.instructions)
     for file in filter(None, (run.given.tasks, run.given.heldout)):
         load_tasks(file, run.world.OPTIONAL)
     kinds = {run.given.trajectories: schema.trajectory(), run.given.candidates: schema.outside_state()}

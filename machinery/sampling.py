@@ -73,7 +73,9 @@ def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_t
     logits_BV = memory.begin_turn(branch_B, prompts)
 
     noise_BT = noise(keys, max_tokens).to(device)
-    control = torch.tensor(control_tokens(tokenizer) if stop is None else stop, device=device)
+    if stop is None:
+        stop = control_tokens(tokenizer)
+    control = torch.tensor(stop, device=device)
     vocabulary = range(logits_BV.shape[-1])
     no_token = sorted(set(vocabulary) - known_ids(tokenizer))
     no_token = torch.tensor(no_token, dtype=torch.long, device=device)

@@ -43,6 +43,8 @@ class Server:
     """Tokens of a reply at most."""
     temperature: float = arg(0.0, least=0)
     """Sampling temperature of the replies; 0: always the likeliest token."""
+    prompt: str = ""
+    """What it is told: a file with {solution}, {conversation} and, if wanted, {request}."""
 
 
 def text_of(content):

@@ -13,6 +13,7 @@ from conftest import CHAT, Proxy, free_port, save_model, three_in_ten
 
 import machinery.server
 import machinery.speaker
+import sweet as program
 from env import Task, end_of_turn, render
 from machinery.files import InputError, read_jsonl
 from machinery.server import Server
@@ -437,6 +438,69 @@ def test_a_temperature_draws_and_its_seed_says_what(tmp_path, crowd):
     assert human(0, rows=1).reply(*[part[::-1] for part in crowd])[::-1] == replies
     assert human(1).reply(*crowd) != replies != human(0, 0.0).reply(*crowd)
     assert human(0, 1e-4).reply(*crowd) == human(0, 0.0).reply(*crowd)
+
+
+# ------------------------------------------------------------------ other people's prompts
+
+WORDS = "{request}|Solution {solution} {not a name} {}|{conversation}|{solution}"
+
+
+def test_other_words_for_a_human(proxied, tmp_path, monkeypatch):
+    """Filled in once: what a solution, a request or a turn holds in braces stays."""
+    (tmp_path / "words.txt").write_text(WORDS)
+    task = Task("make {solution}", "x = '{conversation} {request}'")
+    talk = dialogue("{solution}?")
+    wanted = ("make {solution}|Solution x = '{conversation} {request}' {not a name} {}|You: make {solution}\n"
+              "Assistant: {solution}?|x = '{conversation} {request}'")
+    proxy, cfg = proxied(lambda *_: said("ok")), Server(model="m", prompt=str(tmp_path / "words.txt"))
+    make_human(proxy.url, cfg=cfg).reply([task], [talk])
+    assert [json.loads(body)["messages"] for _, body in proxy.log if body] == [[{"role": "user", "content": wanted}]]
+    human, told = make_human(save_model(tmp_path / "model"), cfg=cfg), []
+    monkeypatch.setattr(human.speaker, "complete", lambda prompts, *_: told.extend(prompts) or ["ok"])
+    human.reply([task], [talk])
+    assert told == [tuple(render(human.speaker.tokenizer, [{"role": "user", "content": wanted}])[0])]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("{solution}", "{conversation} is missing"), ("{conversation}", "{solution} is missing"), ("", "is missing"),
+    ("{solution}{conversation}{reply}", "{reply} is not known"), (b"\xff{solution}{conversation}", "UTF-8"),
+    (None, "No such file")])
+def test_unfit_words_for_a_human_are_one_line(tmp_path, text, words):
+    file = tmp_path / "words.txt"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    for spec in ("http://127.0.0.1:9/v1", "no-such-model"):
+        with pytest.raises(InputError, match="--human-prompt") as caught:
+            make_human(spec, cfg=Server(model="m", prompt=str(file)))
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", ["scripted", "me", "mine:Human"])
+def test_who_reads_no_prompt_is_given_none(spec):
+    with pytest.raises(InputError, match="--human-prompt.*" + spec):
+        make_human(spec, cfg=Server(prompt="words.txt"))
+
+
+def test_other_instructions_for_the_agent(material, tmp_path):
+    words = tmp_path / "words.txt"
+
+    def run(text, *flags):
+        words.write_text(text)
+        program.main(["rollout", "--run", str(tmp_path / "run"), "--model", material[0], "--tasks", material[1],
+                      "--rollout-per-task", "1", "--rollout-max-tokens", "4", "--rollout-max-turns", "2",
+                      "--instructions", str(words), *flags])
+
+    def refused(*how):
+        with pytest.raises(SystemExit) as end:
+            run(*how)
+        return str(end.value)
+    assert "{turns} is not known" in (line := refused("You have {turns} turns.")) and "--instructions" in line
+    assert not (tmp_path / "run" / "trajectories.jsonl.partial").exists()
+    run("Ask {max_turns} times!\n")
+    for _, record in read_jsonl(tmp_path / "run" / "trajectories.jsonl"):
+        first = record["dialogue_history"][0]["content"]
+        assert first == "Ask 2 times!\n\n" + record["task"]["problem_description"]
+    assert "instructions = 'words.txt (sha256" in refused("Ask!")
 
 
 # ------------------------------------------------------------------ a real server
