@@ -62,6 +62,7 @@ from machinery.server import Server
 from machinery.settings import Record, check_tasks_given, flat, no_held_out
 from machinery.start import check_start, machine_here, stages_to_do
 from machinery.train import Given, Machine, arg, check_finite, check_views, load_model, save_to
+from simulator import tell_leaks
 from studies import best_of_n, credit, study
 from studies.critics import find_critic, title_of
 from worlds import find_world, tiny
@@ -249,6 +250,7 @@ def stage_rollout(run):
                                 temperature=cfg.temperature, **run.rules)
     dialogues = list(itertools.product(range(len(tasks)), range(cfg.per_task)))
     write_groups(run.path("trajectories.jsonl"), dialogues, run.machine.rows, group, "rollout")
+    tell_leaks(human)
 
 
 def nothing(run, name, what, why):
@@ -398,6 +400,7 @@ def stage_eval(run):
             records.append({"method": run.methods[method], "top_p": top_p, **trajectory, "dialogue_history": history})
         return records
     write_groups(run.path("eval.jsonl"), todo, len(tasks), group, "eval")
+    tell_leaks(human)
 
 
 def stage_report(run):
@@ -423,7 +426,7 @@ class Stage:
 
 LOADED = ("dtype", "attention")
 TRAINED = (*LOADED, "lora")
-HUMAN = ("human", "human.max_tokens", "human.temperature", "human.prompt")
+HUMAN = ("human", "human.max_tokens", "human.temperature", "human.prompt", "human.leaks")
 PLAYED = (*HUMAN, "instructions", "clip", "rollout.max_turns", "rollout.max_tokens", "rollout.call_seconds")
 STAGES = {
     "base": Stage(stage_base, "base", (), ("model",), "model", ("base.*",)),

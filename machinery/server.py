@@ -19,6 +19,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 from urllib.parse import urlsplit
 
 from machinery.files import InputError
@@ -43,6 +44,8 @@ class Server:
     """Tokens of a reply at most."""
     temperature: float = arg(0.0, least=0)
     """Sampling temperature of the replies; 0: always the likeliest token."""
+    leaks: Literal["keep", "replace"] = "replace"
+    """A reply that shows code of the reference: keep it, or ask once more and then replace it."""
     prompt: str = ""
     """What it is told: a file with {solution}, {conversation} and, if wanted, {request}."""
 

@@ -19,7 +19,7 @@ from machinery.files import InputError, read_jsonl
 from machinery.server import Server
 from machinery.thoughts import spoken
 from machinery.train import Machine
-from simulator import NO_PREFERENCE, EndpointHuman, ModelHuman, make_human, prompt_for
+from simulator import NO_PREFERENCE, EndpointHuman, ModelHuman, make_human, prompt_for, shows_code, tell_leaks
 from worlds import backend as world
 
 pytestmark = pytest.mark.slow
@@ -501,6 +501,85 @@ def test_other_instructions_for_the_agent(material, tmp_path):
         first = record["dialogue_history"][0]["content"]
         assert first == "Ask 2 times!\n\n" + record["task"]["problem_description"]
     assert "instructions = 'words.txt (sha256" in refused("Ask!")
+
+
+# ------------------------------------------------------------------ leaks
+
+SECRET = Task("Write def total(rows, key): sum it up.", """def total(rows, key):
+    \"\"\"Adds (up) the column = key.\"\"\"
+    found = [row[key] for row in rows]  # skips = none
+    for row in rows:
+        x = 1
+    result = sum(found)
+    return result
+""")
+
+
+@pytest.mark.parametrize("reply, leaks", [
+    ("It is found = [row[key] for row in rows].", True),  # the comment behind it does not count
+    ("Use `result = sum(found)`.", True), ("result=sum( found )", True), ("Do\n  result  =  sum(found)\nthen", True),
+    ("for row in rows: something", True), ("def total(rows, key): adds", False), ("return result", False),
+    ("x = 1", False), ("Adds (up) the column = key.", False), ("skips = none", False),
+    ("The sum of the column.", False), ("Result = Sum(Found)", False), ("", False)])
+def test_which_replies_show_code(reply, leaks):
+    assert shows_code(reply, SECRET) == leaks
+
+
+CODE = "It is result = sum(found)."
+FATES = {"plain": ["The sum."], "once": [CODE, "Add it up."], "twice": [CODE, CODE], "mute": [CODE, ""]}
+
+
+def tells(told):
+    """What a model says that is asked so: by the word in the agent's question."""
+    name, = [name for name in FATES if f"{name}?" in told[0]["content"]]
+    if len(told) == 3:  # asked again, after what it said
+        assert told[1] == {"role": "assistant", "content": CODE} and "code" in told[2]["content"]
+    return FATES[name][len(told) // 2]
+
+
+@pytest.mark.parametrize("leaks, replies, line", [
+    ("replace", ["The sum.", "Add it up.", NO_PREFERENCE, NO_PREFERENCE], "3 of 4 (1 after asking again)"),
+    ("keep", ["The sum.", CODE, CODE, CODE], "3 of 4 (kept)")])
+def test_a_reply_that_shows_code_is_asked_for_once_more(proxied, tmp_path, monkeypatch, capsys, leaks, replies, line):
+    cfg, asked = Server(model="m", leaks=leaks), ([SECRET] * 4, [dialogue(f"{name}?") for name in FATES])
+    local = ModelHuman(save_model(tmp_path), cfg)
+    monkeypatch.setattr(local.speaker, "complete", lambda prompts, keys, *_: [tells(told) for *_, told in keys])
+    proxy = proxied(lambda _, body: said(tells(json.loads(body)["messages"]) if body else "?"))
+    for human in (local, EndpointHuman(proxy.url, cfg)):
+        assert human.reply(*asked) == replies
+        capsys.readouterr()
+        tell_leaks(human)
+        assert capsys.readouterr().err == f"note: replies that showed code of the reference: {line}\n"
+    assert len([body for _, body in proxy.log if body]) == 4 + 3 * (leaks == "replace")
+
+
+def test_a_server_that_leaves_before_it_is_asked_again(proxied):
+    """What is missing is asked for later, and no reply is made up."""
+    human = EndpointHuman(proxied(lambda _, body: said(CODE)).url, Server(model="m", retries=0))
+    plain = human.endpoint.complete
+    human.endpoint.complete = lambda told: plain(told) if len(told[0]) == 1 else [None] * len(told)
+    assert human.reply([SECRET], [dialogue()]) == [None]
+
+
+def test_a_rollout_counts_the_replies_that_show_code(proxied, material, tmp_path, capsys):
+    tasks = [record for _, record in read_jsonl(material[1])]
+    secret = max(tasks[0]["ground_truth"].splitlines(), key=len)
+    proxy = proxied(lambda _, body: said(secret if body and secret in json.loads(body)["messages"][0]["content"]
+                                         else "I do not know"))
+
+    def run(folder, *flags):
+        program.main(["rollout", "--run", str(tmp_path / folder), "--model", material[0], "--tasks", material[1],
+                      "--rollout-per-task", "1", "--rollout-max-tokens", "4", "--rollout-max-turns", "2", "--human",
+                      proxy.url, "--human-model", "m", *flags])
+        line, = [line for line in capsys.readouterr().err.splitlines() if "showed code" in line]
+        return line, (tmp_path / folder / "trajectories.jsonl").read_text().count(json.dumps(secret.strip()))
+    alike = sum(secret in task["ground_truth"] for task in tasks)
+    assert run("replaced") == (f"note: replies that showed code of the reference: {alike} of 6 ({alike} after asking "
+                               "again)", 0)
+    line, shown = run("kept", "--human-leaks", "keep")
+    assert line.endswith(f"{alike} of 6 (kept)") and shown == alike
+    with pytest.raises(SystemExit, match="human.leaks = 'keep'"):
+        run("kept", "--human-leaks", "replace")
 
 
 # ------------------------------------------------------------------ a real server
