@@ -17,20 +17,18 @@ Differences from the paper: none in the formula; sizes and step sizes are the sm
 
 Shapes: B rows, T tokens, V vocabulary.
 """
-import hashlib
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 
 from env import INSTRUCTIONS, DialogueEnv
-from env import action_tokens, control_tokens, end_of_turn, grade, known_ids, render
+from env import action_tokens, end_of_turn, grade, known_ids, render
 from machinery.bars import progress
 from machinery.files import InputError
 from machinery.schema import outside_state, read_records
 from machinery.optional import load
+from machinery.sampling import sample
 from machinery.train import arg, check_context, fit
 from kernels.logprob import add_reference, agent_tokens, lay_out, pair_logprobs, pair_sizes, turn_logprobs
 from kernels.prefix import branches
@@ -123,75 +121,6 @@ def dpo_loss(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, beta):
 
 
 # ------------------------------------------------------------------ sampling
-
-def noise(keys, max_tokens):
-    """Uniform numbers [len(keys), max_tokens]: row i depends on keys[i] alone, so neither order nor batch size
-    matters."""
-    rows = []
-    for key in keys:
-        digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-        rng = np.random.default_rng(int.from_bytes(digest, "little"))
-        rows.append(rng.random(max_tokens))
-    return torch.from_numpy(np.stack(rows)).float()
-
-
-def pick(logits_BV, noise_B, temperature=1.0, top_p=1.0):
-    """One token a row, by inverting the cumulative distribution at noise_B. top_p keeps the smallest set of most
-    likely tokens whose probability reaches top_p (the token that crosses the line included). InputError where a row
-    has no distribution, its logits not being finite."""
-    probs_BV = (logits_BV.float() / temperature).softmax(-1)
-    if top_p < 1.0:
-        sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
-        dropped_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p
-        probs_BV = probs_BV.masked_fill(dropped_BV.scatter(-1, order_BV, dropped_BV), 0.0)
-    cumulative_BV = probs_BV.cumsum(-1)
-    total_B1 = cumulative_BV[:, -1:]
-    if not total_B1.isfinite().all():
-        raise InputError(f"the model's logits, at temperature {temperature:g}, are not finite; train it anew, with a "
-                         "lower learning rate, or take another --model")
-    largest_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))  # a point at the total would be no token
-    point_B1 = torch.minimum(noise_B[:, None] * total_B1, largest_B1)
-    return torch.searchsorted(cumulative_BV, point_B1, right=True).squeeze(-1)
-
-
-@torch.no_grad()
-def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_tokens=64,
-           memory=None, places=None):
-    """One turn for each prompt (a list of token ids): lists of token ids that end with the end-of-turn token, or,
-    when the turn was cut off at max_tokens or at a control token that has no place in a turn, without it.
-
-    Ids that are no token of the tokenizer's (of a vocabulary padded to a multiple) have probability 0. keys: what each
-    row's randomness is seeded with, any value with a repr. memory, places: `branches` that remember the turns before
-    this one, and the branch that each prompt goes on with.
-    """
-    check_context(model, max(map(len, prompts)) + max_tokens, "a dialogue with its next turn")
-    device, end = model.device, end_of_turn(tokenizer)
-    prompts = [tuple(prompt) for prompt in prompts]
-    memory = memory or branches(model, prompts)
-    active = torch.arange(len(prompts), device=device)  # the prompts whose turn is not over
-    branch_B = active if places is None else torch.tensor(places, device=device)
-    logits_BV = memory.begin_turn(branch_B, prompts)
-
-    noise_BT = noise(keys, max_tokens).to(device)
-    control = torch.tensor(control_tokens(tokenizer), device=device)
-    vocabulary = range(logits_BV.shape[-1])
-    no_token = sorted(set(vocabulary) - known_ids(tokenizer))
-    no_token = torch.tensor(no_token, dtype=torch.long, device=device)
-    turns = [[] for _ in prompts]
-    for step in progress(range(max_tokens), "tokens"):
-        logits_BV = logits_BV.index_fill(-1, no_token, -float("inf"))
-        token_B = pick(logits_BV, noise_BT[active, step], temperature, top_p)
-        cut_off_B = torch.isin(token_B, control)
-        said_B = ~cut_off_B
-        for i, token in zip(active[said_B].tolist(), token_B[said_B].tolist()):
-            turns[i].append(token)
-        goes_on_B = said_B & (token_B != end)
-        if step == max_tokens - 1 or not goes_on_B.any():
-            break
-        active = active[goes_on_B]
-        logits_BV = memory.step(branch_B[active], token_B[goes_on_B])
-    return turns
-
 
 def turn_text(tokenizer, output_ids):
     """The text of a sampled turn, without its end-of-turn token."""
@@ -290,10 +219,10 @@ def graded(envs, grade):
     yield from grade(answers, tasks)
 
 
-def check_tasks(model, tokenizer, tasks, cfg, with_c=True):
+def check_tasks(model, tokenizer, tasks, cfg, instructions=INSTRUCTIONS, with_c=True):
     """InputError, before any work, where a task's first prompt, perhaps with c, is too long for the model."""
     for i, task in enumerate(tasks, 1):
-        messages = DialogueEnv(cfg.max_turns).reset(task)
+        messages = DialogueEnv(cfg.max_turns, instructions).reset(task)
         ids, _ = render(tokenizer, messages, task.ground_truth if with_c else None)
         what = f"{task.where}: task {i}{', its reference' if with_c else ''} and one turn"
         check_context(model, len(ids) + cfg.max_tokens, what)

@@ -70,7 +70,7 @@ class Dialogue:
         self.run, self.load, self.policy = run, load, policy
         self.seed = seed or random.SystemRandom().randint(1, len(tasks))
         self.task = tasks[(self.seed - 1) % len(tasks)]
-        self.env = DialogueEnv(run.settings["rollout"].max_turns, run.world.INSTRUCTIONS)
+        self.env = DialogueEnv(run.settings["rollout"].max_turns, run.instructions)
         self.scripted = run.world.human("scripted", None, None, run.seed)
         self.states, self.record = [], None
         self.env.reset(self.task)

@@ -16,12 +16,13 @@ then, and the same command completes the rest later (`machinery.files.write_grou
 The paper's simulator is Llama-3.1-70B-Instruct with a prompt of its own; the words below are ours.
 """
 import random
+import re
 import sys
 
 from tqdm import tqdm
 
-from env import end_of_turn, render
-from machinery.files import InputError, forgive, note
+from env import render
+from machinery.files import InputError, fill, forgive, note, read_prompt
 from machinery.optional import make
 from machinery.server import Endpoint, Server
 from machinery.thoughts import spoken
@@ -41,6 +42,7 @@ The conversation so far:
 {conversation}
 
 Your reply:"""
+AGAIN = "That shows code of the solution, which the assistant must not see. Say it in plain words, without any code."
 
 
 def cut(text, task):
@@ -55,6 +57,27 @@ def say(texts, tasks, silence=NO_PREFERENCE):
     if "" in replies:
         tqdm.write(f"note: {replies.count('')} replies were empty or refused, or just thoughts: {silence!r} stands in")
     return [silence if reply == "" else reply for reply in replies]
+
+
+NO_CODE = re.compile(r"""(?sx) \"{3} .*? \"{3} | '{3} .*? '{3} | (?-s: \#\s.* )""")  # docstrings, comments
+SIGN = re.compile(r"[=()\[\]{}<>+*/%]|:$")  # lines of plain words have none
+
+
+def squeezed(text):
+    """A text without white space."""
+    return "".join(text.split())
+
+
+def shows_code(reply, task):
+    """Whether a reply holds a line of the reference's code: of 12 characters or more, with a sign that plain words do
+    not have (so not `return result`), and not known from the request. White space, docstrings and comments do not
+    count."""
+    said, known = squeezed(reply), squeezed(task.problem_description)
+    for line in map(str.strip, NO_CODE.sub("", task.ground_truth).splitlines()):
+        code = squeezed(line)
+        if len(line) >= 12 and SIGN.search(line) and code.rstrip(":") not in known and code in said:
+            return True
+    return False
 
 
 class Human:
@@ -93,50 +116,115 @@ class ConsoleHuman(Human):
         return replies
 
 
-def prompt_for(task, dialogue):
+def role_of(cfg):
+    """What a language model is told: ROLE, or the file that a Server's `prompt` names. InputError if that is unfit."""
+    return read_prompt(cfg.prompt, "--human-prompt", ["solution", "conversation"], ["request"]) if cfg.prompt else ROLE
+
+
+def prompt_for(task, dialogue, role=ROLE):
     """The one message that tells a language model to be this human."""
     names = {"user": "You", "assistant": "Assistant"}
     request = [{"role": "user", "content": task.problem_description}]
     conversation = "\n".join(f"{names[m['role']]}: {m['content']}" for m in request + dialogue[1:])
-    return [{"role": "user", "content": ROLE.format(solution=task.hidden_information, conversation=conversation)}]
+    text = fill(role, solution=task.hidden_information, conversation=conversation, request=task.problem_description)
+    return [{"role": "user", "content": text}]
 
 
-class ModelHuman(Human):
-    """A causal language model from a Hugging Face directory or name, decoded greedily, one dialogue after the other."""
+class SpokenHuman(Human):
+    """A language model. `complete(tasks, conversations)`: its texts, None where there is none to be had now.
 
-    def __init__(self, path, machine=None, max_tokens=128):
-        from machinery.greedy import Greedy
-        from machinery.train import load_model
-        self.model, self.tokenizer = load_model(path, machine)
-        self.greedy = Greedy(self.model, self.tokenizer, end_of_turn(self.tokenizer), max_tokens)
+    A reply that shows code of the reference is asked for once more, in plain words; if that shows code, too,
+    NO_PREFERENCE stands in (a Server's `leaks`: "replace"; "keep" does neither). Counted: `replies`, those that
+    `leaked`, and those that did when asked again."""
+    silence = NO_PREFERENCE
+
+    def __init__(self, cfg):
+        self.cfg, self.role = cfg, role_of(cfg)
+        self.replies = self.leaked = self.leaked_again = 0
+
+    def conversation(self, task, dialogue):
+        """What it is told."""
+        return prompt_for(task, dialogue, self.role)
 
     def reply(self, tasks, dialogues):
-        prompts = [render(self.tokenizer, prompt_for(*pair))[0] for pair in zip(tasks, dialogues)]
-        return say([self.greedy.complete(ids) for ids in prompts], tasks)
+        told = [self.conversation(*pair) for pair in zip(tasks, dialogues)]
+        replies = say(self.complete(tasks, told), tasks, self.silence)
+        leaks = [i for i, reply in enumerate(replies) if reply and shows_code(reply, tasks[i])]
+        self.replies += len(replies) - replies.count(None)
+        self.leaked += len(leaks)
+        if leaks and self.cfg.leaks == "replace":
+            for i, reply in zip(leaks, self.asked_again(tasks, told, replies, leaks)):
+                leaks_again = bool(reply) and shows_code(reply, tasks[i])
+                self.leaked_again += leaks_again
+                replies[i] = NO_PREFERENCE if leaks_again else reply
+        return replies
+
+    def asked_again(self, tasks, told, replies, leaks):
+        """New replies in place of those that showed code."""
+        asked, conversations = [], []
+        for i in leaks:
+            shown = {"role": "assistant", "content": replies[i]}
+            conversations.append([*told[i], shown, {"role": "user", "content": AGAIN}])
+            asked.append(tasks[i])
+        return say(self.complete(asked, conversations), asked, self.silence)
 
 
-class EndpointHuman(Human):
+def tell_leaks(human):
+    """Say how many replies of a language model showed code of the reference."""
+    if isinstance(human, SpokenHuman):
+        then = "kept" if human.cfg.leaks == "keep" else f"{human.leaked_again} after asking again"
+        note(f"note: replies that showed code of the reference: {human.leaked} of {human.replies} ({then})")
+
+
+class ModelHuman(SpokenHuman):
+    """A causal language model from a Hugging Face directory or name, that answers all dialogues side by side. cfg: a
+    Server; machine: a Machine. The same seed and dialogue give the same reply, in any order of calls."""
+
+    def __init__(self, path, cfg=None, machine=None, seed=0):
+        from machinery.speaker import Speaker
+        from machinery.train import Machine, load_model
+        super().__init__(cfg or Server())
+        self.rows, self.seed = (machine or Machine()).rows, seed
+        self.speaker = Speaker(*load_model(path, machine))
+
+    def complete(self, tasks, conversations):
+        prompts, keys, texts = [], [], []
+        for told in conversations:
+            prompt, _ = render(self.speaker.tokenizer, told)
+            prompts.append(tuple(prompt))
+            keys.append((self.seed, "human", told))
+        groups = [task.hidden_information for task in tasks]
+        for i in range(0, len(prompts), self.rows):
+            part = [rows[i:i + self.rows] for rows in (prompts, keys, groups)]
+            texts += self.speaker.complete(*part, self.cfg.temperature, self.cfg.max_tokens)
+        return texts
+
+
+class EndpointHuman(SpokenHuman):
     """A model behind an OpenAI-compatible server (`machinery.server`); a refusal to speak counts as `silence`."""
-    silence, conversation = NO_PREFERENCE, staticmethod(prompt_for)  # what it is told, of a task and a dialogue
 
-    def __init__(self, url, cfg):
-        self.url, self.endpoint = url, Endpoint(url, cfg)
+    def __init__(self, url, cfg, seed=0):
+        super().__init__(cfg)
+        self.url, self.endpoint = url, Endpoint(url, cfg, seed)
 
-    def reply(self, tasks, dialogues):
-        texts = self.endpoint.complete([self.conversation(*pair) for pair in zip(tasks, dialogues)])
+    def complete(self, tasks, conversations):
+        texts = self.endpoint.complete(conversations)
         if None in texts:
             note(f"note: {self.url} does not reply any more: {self.endpoint.gone}")
-        return say(texts, tasks, self.silence)
+        return texts
 
 
 def make_human(spec, respond=None, seed=0, cfg=None, machine=None):
     """The human that `--human` names: scripted | me | URL | module:Class | a model's directory or name."""
+    is_server = spec.startswith(("http://", "https://"))
+    if cfg and cfg.prompt and not is_server and (spec in ("scripted", "me") or ":" in spec):
+        raise InputError(f"--human-prompt: --human {spec} reads none; expected a server or a local model")
     if spec == "scripted":
         return ScriptedHuman(respond, seed)
     if spec == "me":
         return ConsoleHuman()
-    if spec.startswith(("http://", "https://")):
-        return EndpointHuman(spec, cfg or Server())
+    if is_server:
+        return EndpointHuman(spec, cfg or Server(), seed)
     if ":" in spec:
         return make(spec, "--human", "reply(tasks, dialogues)")
-    return ModelHuman(spec, machine)
+    return ModelHuman(spec, cfg, machine, seed)

@@ -51,7 +51,7 @@ from env import ANSWER_MARKER
 from env import load_tasks, read_trajectories, render
 from machinery import schema
 from machinery.bars import note, whole_bars
-from machinery.files import InputError, JsonlWriter, forgive, put_text, write_groups
+from machinery.files import InputError, JsonlWriter, forgive, put_text, read_prompt, write_groups
 from machinery.flags import Flags, read_settings
 from machinery.folder import closing, critic_folder, flags_given, further_critics, keep, measured, place, recall
 from machinery.folder import remembering, show_status, to_redo
@@ -62,6 +62,7 @@ from machinery.server import Server
 from machinery.settings import Record, check_tasks_given, flat, no_held_out
 from machinery.start import check_start, machine_here, stages_to_do
 from machinery.train import Given, Machine, arg, check_finite, check_views, load_model, save_to
+from simulator import tell_leaks
 from studies import best_of_n, credit, study
 from studies.critics import find_critic, title_of
 from worlds import find_world, tiny
@@ -134,7 +135,6 @@ class Run:
         for further in settings["table"].further:
             find_critic(further, "--table-critics")
         self.grade = self.world.grader(self.given.clip, settings["rollout"].call_seconds)
-        self.rules = {"grade": self.grade, "instructions": self.world.INSTRUCTIONS}
         plain = settings_of(options, flags=False)
         kind = settings["critic"].kind
         self.variant, self.methods, left_out = self.root, METHODS, set()
@@ -152,6 +152,16 @@ class Run:
         defaults = flat(plain, task=options.task, seed=self.seed)
         self.redo = to_redo(self)
         self.record = Record(self.stages, values, defaults, self.outputs, self.redo)
+
+    @functools.cached_property
+    def instructions(self):
+        """What the agent reads before the request."""
+        file = self.given.instructions
+        return read_instructions(file) if file else self.world.INSTRUCTIONS
+
+    @property
+    def rules(self):
+        return {"grade": self.grade, "instructions": self.instructions}
 
     def path(self, name):
         """A file of the run. What depends on the critic lies in a folder of its own where --critic names another."""
@@ -248,7 +258,7 @@ def stage_rollout(run):
     seed = cfg.seed or run.seed
     tasks = run.training_tasks()
     model, tokenizer = run.model("base")
-    actor.check_tasks(model, tokenizer, tasks, cfg)
+    actor.check_tasks(model, tokenizer, tasks, cfg, run.instructions)
 
     def group(part, _):
         keys = [(seed, "rollout", *key) for key in part]
@@ -258,6 +268,7 @@ def stage_rollout(run):
     if cfg.dialogues:
         dialogues = dialogues[:cfg.dialogues]
     write_groups(run.path("trajectories.jsonl"), dialogues, run.machine.rows, group, "rollout")
+    tell_leaks(human)
 
 
 def nothing(run, name, what, why):
@@ -387,16 +398,17 @@ def stage_eval(run):
     tasks, cfg, loaded = run.held_out(), run.settings["eval"], {}
     names = run.methods if run.variant == run.root else ["actor"]
     todo = list(itertools.product(names, (1.0, cfg.top_p), range(len(tasks))))
+    human = run.human()
 
     def group(part, _):
         method, top_p, _ = part[0]
         if method not in loaded:
             loaded.clear()
             loaded[method] = run.model(method)
-            actor.check_tasks(*loaded[method], tasks, run.settings["rollout"], with_c=False)
+            actor.check_tasks(*loaded[method], tasks, run.settings["rollout"], run.instructions, with_c=False)
         chosen = [i for _, _, i in part]
         keys = [(run.seed, "eval", i) for i in chosen]
-        played = actor.play_tasks(*loaded[method], [tasks[i] for i in chosen], run.human(), keys,
+        played = actor.play_tasks(*loaded[method], [tasks[i] for i in chosen], human, keys,
                                   run.settings["rollout"], top_p=top_p, **run.rules)
         records = []
         for trajectory in played:
@@ -407,6 +419,7 @@ def stage_eval(run):
             records.append({"method": run.methods[method], "top_p": top_p, **trajectory, "dialogue_history": history})
         return records
     write_groups(run.path("eval.jsonl"), todo, len(tasks), group, "eval")
+    tell_leaks(human)
 
 
 def stage_report(run):
@@ -432,11 +445,12 @@ class Stage:
 
 LOADED = ("dtype", "attention")
 TRAINED = (*LOADED, "lora")
-PLAYED = ("human", "clip", "rollout.max_turns", "rollout.max_tokens", "rollout.call_seconds")
+HUMAN = ("human", "human.max_tokens", "human.temperature", "human.prompt", "human.leaks")
+PLAYED = (*HUMAN, "instructions", "clip", "rollout.max_turns", "rollout.max_tokens", "rollout.call_seconds")
 STAGES = {
     "base": Stage(stage_base, "base", (), ("model",), "model", ("base.*",)),
     "rollout": Stage(stage_rollout, "trajectories.jsonl", ("base",), ("trajectories",), "trajectories",
-                     ("tasks", "human", "clip", "eval.first", "rollout.*", *LOADED)),
+                     ("tasks", *HUMAN, "instructions", "clip", "eval.first", "rollout.*", *LOADED)),
     "critic": Stage(stage_critic, "critic", ("rollout",), ("pairs.per_task", "pairs.margin", "critic.*", *TRAINED)),
     "samples": Stage(stage_samples, "samples.jsonl", ("rollout",), ("candidates", *LOADED), "candidates",
                      ("candidates.*", "rollout.max_tokens")),
@@ -558,8 +572,14 @@ def report_alone(run):
     print(f"\n{report.results_table([run.root], run.world)}\n{closing(run)}")
 
 
+def read_instructions(file):
+    return read_prompt(file, "--instructions", optional=["max_turns"]).rstrip() + "\n\n"
+
+
 def check_files(run):
     """InputError on bad input, before any long work starts."""
+    if run.given.instructions:
+        read_instructions(run.given.instructions)
     for file in filter(None, (run.given.tasks, run.given.heldout)):
         load_tasks(file, run.world.OPTIONAL)
     if run.given.tasks:

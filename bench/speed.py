@@ -36,6 +36,7 @@ import actor
 from env import DialogueEnv, render
 from kernels.logprob import add_reference, collate, lay_out, token_logprobs, turn_logprobs
 from kernels.prefix import Rows
+from machinery import sampling
 
 REPEATS = 7
 
@@ -113,7 +114,7 @@ def llama(hidden=128, layers=4, vocab=8192, seed=0):
 
 def endless():
     """No token ends a turn: every turn takes all the tokens that it may."""
-    return mock.patch.multiple(actor, end_of_turn=lambda tokenizer: -1, control_tokens=lambda tokenizer: [-1])
+    return mock.patch.multiple(sampling, end_of_turn=lambda tokenizer: -1, control_tokens=lambda tokenizer: [-1])
 
 
 def ids(rng, n, vocab=8192):

@@ -4,7 +4,7 @@ The cost of the method is long prefixes that are shared: sixteen candidates of o
 turn of one prompt, ten turns of one dialogue, each critic call with the reference in front. A causal model's keys and
 values of a prefix do not depend on what follows, so they can be computed once and kept. The whole of this idea is the
 class `Tree`. Scoring and DPO use it through `kernels.logprob.lay_out`, candidates and rollouts through `branches` and
-`actor.sample`. Rounding aside, none of them gets another number from it.
+`machinery.sampling`. Rounding aside, none of them gets another number from it.
 
 On a model whose cache cannot be shared (sliding windows, recurrent states), each sequence has a row of its own: `Rows`.
 Which model is which is found by a probe, once a model.
@@ -405,15 +405,31 @@ class Rows:
         return torch.cat(logits)
 
 
-def branches(model, prompts, several_turns=False):
+def common_prefixes(prompts, groups):
+    """What each prompt (a tuple of token ids) begins with as all others of its group do, without its last token.
+    groups: of each prompt, anything that can be compared."""
+    members = {}
+    for prompt, group in zip(prompts, groups):
+        members.setdefault(group, []).append(prompt[:-1])
+    shared = {}
+    for group, alike in members.items():
+        first, last = min(alike), max(alike)  # what these two have in common, all between them have
+        differ = [i for i, (a, b) in enumerate(zip(first, last)) if a != b]
+        shared[group] = first[:differ[0]] if differ else first
+    return [shared[group] for group in groups]
+
+
+def branches(model, prompts, several_turns=False, prefixes=None):
     """The place where turns grow after prompts (tuples of token ids): `begin_turn` reads the prompts, `step` takes the
     next token of the live branches, and both return the logits of what follows. several_turns: further turns will
-    follow on the same branches."""
+    follow on the same branches; prefixes: what of each prompt is to be read once for all that begin so (without them,
+    all but its last token)."""
     if not can_share(model):
         return Rows(model, padded=can_pad(model))
-    prefixes = [prompt[:-1] for prompt in prompts]
+    prefixes = prefixes or [prompt[:-1] for prompt in prompts]
     if several_turns:
         return Tree(model, prefixes)
-    rows = share(prefixes)
+    lengths = [len(prompt) - 1 - len(prefix) for prompt, prefix in zip(prompts, prefixes)]
+    rows = share(prefixes, lengths)
     number = {row: i for i, row in enumerate(dict.fromkeys(rows))}
     return Tree(model, [prefixes[first] for first, _ in number], [number[row] for row in rows])

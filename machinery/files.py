@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 from tqdm import tqdm
@@ -56,6 +57,30 @@ def forgive(*streams):
         # a notebook's streams are something else; one that was read from stays as it is, as Python wants it
         with contextlib.suppress(AttributeError, io.UnsupportedOperation):
             stream.reconfigure(errors="replace")
+
+
+PLACE = re.compile(r"\{(\w+)\}")  # where a prompt is to be filled in: {solution}
+
+
+def fill(prompt, **values):
+    """A prompt with each {name} replaced by its value; braces around anything else, and in values, stay."""
+    return PLACE.sub(lambda place: values.get(place[1], place[0]), prompt)
+
+
+def read_prompt(path, flag, needed=(), optional=()):
+    """The text of a prompt file. InputError, naming the flag, where it cannot be read, or has other places to fill in
+    than these names."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{flag} {path}: cannot be read as UTF-8 text ({error})") from None
+    places = dict.fromkeys(PLACE.findall(text))
+    faults = [f"{{{name}}} is missing" for name in needed if name not in places]
+    faults += [f"{{{name}}} is not known" for name in places if name not in (*needed, *optional)]
+    if faults or not text.strip():
+        known = [f"{{{name}}}" for name in needed] + [f"{{{name}}} if wanted" for name in optional]
+        raise InputError(f"{flag} {path}: {', '.join(faults) or 'is empty'}; expected a text with {', '.join(known)}")
+    return clean(text)
 
 
 # ------------------------------------------------------------------ files

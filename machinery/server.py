@@ -19,6 +19,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 from urllib.parse import urlsplit
 
 from machinery.files import InputError
@@ -30,7 +31,7 @@ PAUSE = 0.5  # seconds before the second try
 
 @dataclass(frozen=True)
 class Server:
-    """The human behind a URL."""
+    """A human that is a language model, behind a URL or here; the first four are for a server."""
     model: str = ""
     """The model to ask for (default: the only one that the server lists)."""
     parallel: int = 16
@@ -41,6 +42,12 @@ class Server:
     """Further tries of a request that failed; then the server counts as gone."""
     max_tokens: int = 128
     """Tokens of a reply at most."""
+    temperature: float = arg(0.0, least=0)
+    """Sampling temperature of the replies; 0: always the likeliest token."""
+    leaks: Literal["keep", "replace"] = "replace"
+    """A reply that shows code of the reference: keep it, or ask once more and then replace it."""
+    prompt: str = ""
+    """What it is told: a file with {solution}, {conversation} and, if wanted, {request}."""
 
 
 def text_of(content):
@@ -84,11 +91,11 @@ class Endpoint:
     """A model behind an OpenAI-compatible server. The key, if it needs one, is read from OPENAI_API_KEY and appears in
     no message.
 
-    Made with a URL and a `Server`; InputError if the URL holds a key, nobody is there, the key is refused, or it is
-    open which model to ask for.
+    Made with a URL, a `Server`, and a seed that is sent along at a temperature above 0; InputError if the URL holds a
+    key, nobody is there, the key is refused, or it is open which model to ask for.
     """
 
-    def __init__(self, url, cfg):
+    def __init__(self, url, cfg, seed=0):
         openai = require("openai", url)
         try:
             parts = urlsplit(url)
@@ -99,6 +106,7 @@ class Endpoint:
             raise InputError("a server's URL should be like http://host:8000/v1, without a key: keys go into the "
                              "environment variable OPENAI_API_KEY")
         self.url, self.openai, self.cfg, self.jitter = url, openai, cfg, random.Random(0)
+        self.seeded = {"seed": seed} if cfg.temperature else {}
         self.key, self.gone, self.status = os.environ.get("OPENAI_API_KEY"), None, 0
         with self._online():
             served = self._try(lambda: self._read(self.client.models.with_raw_response.list(), listed), 3,
@@ -170,7 +178,8 @@ class Endpoint:
     def _complete(self, messages):
         def ask():
             return self._read(self.client.chat.completions.with_raw_response.create(
-                model=self.model, messages=messages, max_tokens=self.cfg.max_tokens, temperature=0.0), said)
+                model=self.model, messages=messages, max_tokens=self.cfg.max_tokens,
+                temperature=self.cfg.temperature, **self.seeded), said)
         return self._try(ask, self.cfg.retries)
 
     def complete(self, conversations):

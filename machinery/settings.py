@@ -23,7 +23,9 @@ def flat(settings, **more):
     for group, values in settings.items():
         for field in dataclasses.fields(values):
             value = getattr(values, field.name)
-            found[name_of(group, field)] = fingerprint(value) if group == "given" else value
+            name = name_of(group, field)
+            is_file = group == "given" or name == "human.prompt"
+            found[name] = fingerprint(value) if is_file else value
     if "://" in (found["human"] or ""):  # a server may move to another address, its model may not change
         found["human"] = f"server: {found['human.model']}"
     return found

@@ -78,6 +78,8 @@ class Given:
     """States with candidate turns sampled elsewhere: a line {task, messages, candidates} each."""
     clip: str = ""
     """Frontend: grade by the cosine of this CLIP model ('': by matched boxes)."""
+    instructions: str = ""
+    """What the agent reads before the request, in place of the world's: a file, with {max_turns} if wanted."""
     human: str = "scripted"
     """scripted | me | URL | module:Class | a model's directory or name."""
 

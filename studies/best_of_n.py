@@ -94,12 +94,12 @@ def play(run, numbers=NUMBERS):
         return
     cfg, tasks = run.settings["rollout"], run.held_out()
     policy, human = BestOfN(run), run.human()
-    actor.check_tasks(policy.model, policy.tokenizer, tasks, cfg)
+    actor.check_tasks(policy.model, policy.tokenizer, tasks, cfg, run.instructions)
 
     def group(part, _):
         seats = []
         for n, i in part:
-            env = DialogueEnv(cfg.max_turns, run.world.INSTRUCTIONS)
+            env = DialogueEnv(cfg.max_turns, run.instructions)
             env.reset(tasks[i])
             seats.append((env, n, (run.seed, "eval", i)))
         policy.play_out(seats, human)

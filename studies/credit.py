@@ -38,7 +38,7 @@ def check(run):
     tasks = run.held_out()[:cfg.states]
     human = run.human()
     model, tokenizer = run.model("base")
-    actor.check_tasks(model, tokenizer, tasks, play)
+    actor.check_tasks(model, tokenizer, tasks, play, run.instructions)
     states = []
     keys = [(run.seed, "credit", i) for i in range(len(tasks))]
     played = actor.play_tasks(model, tokenizer, tasks, human, keys, play, **run.rules)

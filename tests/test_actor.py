@@ -15,6 +15,7 @@ import actor
 import critic
 from env import ANSWER_MARKER, DialogueEnv, Task, end_of_turn, render
 from kernels.logprob import collate, turn_logprobs
+from machinery import sampling
 from simulator import ScriptedHuman
 from studies import credit
 from worlds import backend as world
@@ -65,7 +66,7 @@ def test_pick_follows_the_distribution(temperature, top_p):
     kept = kept_by_top_p(probs, top_p)
     mass = math.fsum(probs[i] for i in kept)
     n = 20000
-    tokens = actor.pick(torch.tensor([logits]).expand(n, -1), (torch.arange(n) + 0.5) / n, temperature, top_p)
+    tokens = sampling.pick(torch.tensor([logits]).expand(n, -1), (torch.arange(n) + 0.5) / n, temperature, top_p)
     counts = torch.bincount(tokens, minlength=len(logits)).tolist()
     for i, count in enumerate(counts):
         assert abs(count - (n * probs[i] / mass if i in kept else 0.0)) <= 2.0, (i, count)
@@ -79,29 +80,30 @@ def test_top_p_against_the_definition():
         probs = [p / math.fsum(probs) for p in probs]
         top_p = rng.random() * 0.98 + 0.01
         logits = torch.tensor([probs], dtype=torch.float64).log().expand(4000, -1)
-        reached = set(actor.pick(logits, draws, 1.0, top_p).tolist())
+        reached = set(sampling.pick(logits, draws, 1.0, top_p).tolist())
         assert reached == kept_by_top_p(probs, top_p)
 
 
 def test_rows_are_picked_apart():
     logits = torch.tensor([[0.0, 50.0, 0.0], [50.0, 0.0, 0.0], [0.0, 0.0, 50.0]])
-    assert actor.pick(logits, torch.tensor([0.1, 0.9, 0.5])).tolist() == [1, 0, 2]
-    assert actor.pick(logits, torch.tensor([0.1, 0.9, 0.5]), top_p=0.3).tolist() == [1, 0, 2]
+    assert sampling.pick(logits, torch.tensor([0.1, 0.9, 0.5])).tolist() == [1, 0, 2]
+    assert sampling.pick(logits, torch.tensor([0.1, 0.9, 0.5]), top_p=0.3).tolist() == [1, 0, 2]
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_a_draw_of_zero_is_no_impossible_token(top_p):
     """The first token that has a probability, although the cumulative sum before it is 0 as well."""
     logits = torch.tensor([[-float("inf"), -9.0, 1.0, 4.0]])
-    assert actor.pick(logits, torch.zeros(1), 1.0, top_p).item() == (1 if top_p == 1.0 else 3)
+    assert sampling.pick(logits, torch.zeros(1), 1.0, top_p).item() == (1 if top_p == 1.0 else 3)
 
 
 def test_noise_belongs_to_its_key():
     keys = [(0, "rollout", 1, 2), (0, "rollout", 1, 3), "play"]
-    rows = actor.noise(keys, 5)
-    assert torch.equal(actor.noise(keys[::-1], 5).flip(0), rows) and torch.equal(actor.noise(keys[1:2], 5), rows[1:2])
-    assert torch.equal(actor.noise(keys, 3), rows[:, :3]) and len({tuple(row) for row in rows.tolist()}) == 3
-    many = actor.noise([(1, k) for k in range(200)], 50)
+    rows = sampling.noise(keys, 5)
+    assert torch.equal(sampling.noise(keys[::-1], 5).flip(0), rows)
+    assert torch.equal(sampling.noise(keys[1:2], 5), rows[1:2])
+    assert torch.equal(sampling.noise(keys, 3), rows[:, :3]) and len({tuple(row) for row in rows.tolist()}) == 3
+    many = sampling.noise([(1, k) for k in range(200)], 50)
     assert 0 <= many.min() and many.max() < 1 and abs(many.mean() - 0.5) < 0.02
 
 
@@ -111,9 +113,9 @@ def test_the_largest_draw_is_a_token_too(monkeypatch, top_p, want):
     class Largest:
         def random(self, n):
             return np.full(n, np.nextafter(1.0, 0.0))
-    monkeypatch.setattr(actor.np.random, "default_rng", lambda seed: Largest())
+    monkeypatch.setattr(sampling.np.random, "default_rng", lambda seed: Largest())
     logits = torch.tensor([[2.0, 1.0, 0.5, -3.0]])
-    assert int(actor.pick(logits, actor.noise(["key"], 1)[:, 0], 1.0, top_p)) == want
+    assert int(sampling.pick(logits, sampling.noise(["key"], 1)[:, 0], 1.0, top_p)) == want
 
 
 # ------------------------------------------------------------------ sampling turns
@@ -121,7 +123,7 @@ def test_the_largest_draw_is_a_token_too(monkeypatch, top_p, want):
 def naive_turn(model, tokenizer, prompt, key, temperature, top_p, max_tokens):
     """One row, no padding, no cache, the distribution inverted by a loop in float64."""
     eot, ids, turn = end_of_turn(tokenizer), list(prompt), []
-    draws = actor.noise([key], max_tokens)[0].tolist()
+    draws = sampling.noise([key], max_tokens)[0].tolist()
     for draw in draws:
         with torch.no_grad():
             row = model(input_ids=torch.tensor([ids])).logits[0, -1].double() / temperature
@@ -161,7 +163,7 @@ def test_ids_that_are_no_token_are_never_sampled(tokenizer, prompts, top_p, gap,
     unknown = list(range(len(tokenizer), len(tokenizer) + extra)) + [40, 41] * gap
     if gap:
         known = frozenset(tokenizer.get_vocab().values()) - {40, 41}
-        monkeypatch.setattr(actor, "known_ids", lambda tokenizer: known)
+        monkeypatch.setattr(sampling, "known_ids", lambda tokenizer: known)
     with torch.no_grad():
         plain.lm_head.weight[unknown] = 0
         padded.lm_head.weight[unknown] *= 30

@@ -13,7 +13,7 @@ import torch
 
 import actor
 import sweet as program
-from machinery import bars, folder, process, train
+from machinery import bars, folder, process, sampling, train
 from machinery.files import InputError
 
 
@@ -401,7 +401,8 @@ def test_seconds_are_known_from_a_run_with_the_same_settings(tmp_path):
 
 def test_bars_move_within_a_group_of_dialogues(model, tokenizer, tasks, monkeypatch, capsys):
     monkeypatch.setattr(bars, "DELAY", 0)
-    monkeypatch.setattr(actor, "progress", lambda *args: bars.tqdm(*args[:1], desc=args[1], mininterval=0))
+    for part in (actor, sampling):
+        monkeypatch.setattr(part, "progress", lambda *args: bars.tqdm(*args[:1], desc=args[1], mininterval=0))
     human = SimpleNamespace(reply=lambda tasks, dialogues: ["No preference."] * len(tasks))
     actor.play_tasks(model, tokenizer, tasks[:2], human, [0, 1], actor.Rollout(max_turns=3, max_tokens=5))
     said = capsys.readouterr().err

@@ -12,11 +12,14 @@ import torch
 from conftest import CHAT, Proxy, free_port, save_model, three_in_ten
 
 import machinery.server
+import machinery.speaker
+import sweet as program
 from env import Task, end_of_turn, render
 from machinery.files import InputError, read_jsonl
 from machinery.server import Server
 from machinery.thoughts import spoken
-from simulator import NO_PREFERENCE, EndpointHuman, ModelHuman, make_human, prompt_for
+from machinery.train import Machine
+from simulator import NO_PREFERENCE, EndpointHuman, ModelHuman, make_human, prompt_for, shows_code, tell_leaks
 from worlds import backend as world
 
 pytestmark = pytest.mark.slow
@@ -303,12 +306,10 @@ def test_a_local_models_thoughts_are_its_own(tmp_path, monkeypatch, capsys, mark
     texts = ["<think>SECRET</think>\nIt sorts.<|im_end|>", "SECRET</think>It sorts.<|im_end|>", "<think>SECRET",
              "<think>SECRET</think><|im_end|>", "SECRET" if template == OPEN else "It sorts.<|im_end|>"]
 
-    def generate(prompt, **_):
-        out = human.tokenizer.encode(texts[len(asked)], add_special_tokens=False)
-        asked.append(prompt)
-        return torch.tensor([prompt[0].tolist() + out])
-    asked = []
-    monkeypatch.setattr(human.model, "generate", generate)
+    def written(*_, stop, **__):
+        made = [human.speaker.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        return [ids[:-1] if ids[-1] in stop else ids for ids in made]
+    monkeypatch.setattr(machinery.speaker, "sample", written)
     last = NO_PREFERENCE if template == OPEN else "It sorts."
     agent = dialogue("Is <think> a tag?")  # of the agent's, not of this model's
     assert human.reply([TASK] * 5, [agent] * 5) == ["It sorts.", "It sorts.", NO_PREFERENCE, NO_PREFERENCE, last]
@@ -321,13 +322,29 @@ def test_a_local_models_thoughts_are_its_own(tmp_path, monkeypatch, capsys, mark
 def plain_model(tmp_path_factory):
     """(its folder, the ids of a prompt, what an own loop of argmax makes of them)"""
     folder = tmp_path_factory.mktemp("greedy")
-    human = ModelHuman(save_model(folder, seed=11))
-    prompt, _ = render(human.tokenizer, prompt_for(TASK, dialogue()))
+    speaker = ModelHuman(save_model(folder, seed=11)).speaker
+    prompt, _ = render(speaker.tokenizer, prompt_for(TASK, dialogue()))
+    return folder, prompt, likeliest(speaker.model, prompt, 16)
+
+
+def likeliest(model, prompt, n, ends=()):
+    """A loop of argmax over whole sequences, one at a time, without a cache: up to n ids, or up to one of `ends`."""
     ids = list(prompt)
     with torch.no_grad():
-        for _ in range(16):
-            ids.append(int(human.model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return folder, prompt, ids[len(prompt):]
+        while len(ids) < len(prompt) + n and ids[len(prompt):][-1:] not in [[end] for end in ends]:
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt):]
+
+
+def overheard(monkeypatch):
+    """A list that gets the ids of all that a local model says from now on."""
+    made, plain = [], machinery.speaker.sample
+
+    def listening(*args, **how):
+        made.extend(turns := plain(*args, **how))
+        return turns
+    monkeypatch.setattr(machinery.speaker, "sample", listening)
+    return made
 
 
 @pytest.mark.parametrize("default", [
@@ -342,12 +359,10 @@ def test_a_local_model_takes_its_likeliest_tokens(plain_model, monkeypatch, recw
     folder, prompt, ids = plain_model
     default = json.loads(json.dumps(default).replace('"FIRST"', json.dumps(ids[:1])))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 258, **default}))
-    human, made = ModelHuman(str(folder), max_tokens=16), []
-    generate = human.model.generate
-    monkeypatch.setattr(human.model, "generate", lambda *args, **kw: made.append(generate(*args, **kw)) or made[-1])
+    human, made = ModelHuman(str(folder), Server(max_tokens=16)), overheard(monkeypatch)
     reply, = human.reply([TASK], [dialogue()])
-    assert made[0][0].tolist() == prompt + ids
-    assert reply == human.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert made == [ids]
+    assert reply == human.speaker.tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert not recwarn.list and not caplog.records
 
 
@@ -355,18 +370,216 @@ def test_a_local_model_takes_its_likeliest_tokens(plain_model, monkeypatch, recw
 def test_a_local_model_stops_at_the_end_of_a_turn_and_at_its_own(plain_model, monkeypatch, eos):
     folder, prompt, ids = plain_model
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos, "min_new_tokens": 9}))
-    human = ModelHuman(str(folder), max_tokens=16)
-    own = eos if isinstance(eos, list) else [eos]
-    generate, head, made = human.model.generate, human.model.lm_head.weight, []
-    monkeypatch.setattr(human.model, "generate", lambda *args, **kw: made.append(generate(*args, **kw)) or made[-1])
-    for stop in {end_of_turn(human.tokenizer), human.tokenizer.eos_token_id, *own} - {None}:
+    human, made = ModelHuman(str(folder), Server(max_tokens=16)), overheard(monkeypatch)
+    own, model, tokenizer = eos if isinstance(eos, list) else [eos], human.speaker.model, human.speaker.tokenizer
+    head = model.lm_head.weight
+    for stop in {end_of_turn(tokenizer), tokenizer.eos_token_id, *own} - {None}:
         with torch.no_grad():
             kept = head[stop].clone()
             head[stop] = 2 * head[ids[2]]  # from now on likelier than the third token
+            wanted = likeliest(model, prompt, 16, [stop])
             human.reply([TASK], [dialogue()])
             head[stop] = kept
-        new = made[-1][0, len(prompt):].tolist()
-        assert new[-1] == stop and stop not in new[:-1] and len(new) < 9
+        assert [*made[-1], stop] == wanted and len(wanted) < 9
+
+
+# ------------------------------------------------------------------ many at once
+
+QUESTIONS = ["?", "Which one do you mean, the first or the last of them?", "Is it sorted? " * 9, "So?"]
+
+
+@pytest.fixture(scope="module")
+def crowd():
+    """Dialogues of several tasks and lengths; three of them on one task, two of these alike."""
+    tasks = [TASK, *world.make_tasks(2, seed=3), TASK, PAGE, TASK]
+    dialogues = [dialogue(QUESTIONS[i % 4]) for i in range(5)] + [dialogue(QUESTIONS[0])]
+    dialogues[3] += [{"role": "user", "content": "The last."}, {"role": "assistant", "content": "Of how many?"}]
+    return tasks, dialogues
+
+
+@pytest.mark.parametrize("rows", [1, 4, 512])
+def test_many_dialogues_at_once_are_answered_as_one_by_one(tmp_path, crowd, monkeypatch, rows):
+    """Against a loop of argmax: whatever is read together, and wherever the others end."""
+    folder, how = save_model(tmp_path, seed=11), (Server(max_tokens=24), Machine(rows=rows))
+    speaker = ModelHuman(folder, *how).speaker
+    prompts = [render(speaker.tokenizer, prompt_for(*pair))[0] for pair in zip(*crowd)]
+    endless = [likeliest(speaker.model, prompt, 24) for prompt in prompts]
+    often = max(set(sum(endless, [])), key=lambda token: len({ids.index(token) for ids in endless if token in ids}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": often}))
+    human, made = ModelHuman(folder, *how), overheard(monkeypatch)
+    replies = human.reply(*crowd)
+    assert made == [ids[:ids.index(often)] if often in ids else ids for ids in endless]
+    assert len({len(ids) for ids in made}) > 2
+    assert replies[0] == replies[5] and len(set(replies)) > 2
+    assert human.reply(*[part[::-1] for part in crowd]) == replies[::-1]
+
+
+def test_what_the_prompts_of_a_task_have_in_common_is_read_once(tmp_path):
+    human = ModelHuman(save_model(tmp_path), Server(max_tokens=1))
+    prompts = [tuple(render(human.speaker.tokenizer, prompt_for(TASK, dialogue(question)))[0])
+               for question in ("Which?", "What?")]
+    shared = len(os.path.commonprefix(prompts))
+    seen = []
+    human.speaker.model.base_model.register_forward_pre_hook(
+        lambda _, args, how: seen.append(tuple(how["input_ids"].shape)), with_kwargs=True)
+    human.reply([TASK] * 2, [dialogue("Which?"), dialogue("What?")])
+    probe = max(rows * tokens for rows, tokens in seen[:-2] if (rows, tokens) != (1, shared))
+    assert shared > 400 > probe and seen.count((1, shared)) == 1
+    assert seen[-1] == (1, sum(map(len, prompts)) - 2 * shared)
+
+
+def test_a_temperature_draws_and_its_seed_says_what(tmp_path, crowd):
+    """Of each dialogue what its seed says, in any order and company; the frequencies are the model's."""
+    folder = save_model(tmp_path, seed=11)
+
+    def human(seed, temperature=1.0, **how):
+        return ModelHuman(folder, Server(max_tokens=12, temperature=temperature), Machine(**how), seed)
+    replies = human(0).reply(*crowd)
+    assert human(0, rows=1).reply(*[part[::-1] for part in crowd])[::-1] == replies
+    assert human(1).reply(*crowd) != replies != human(0, 0.0).reply(*crowd)
+    assert human(0, 1e-4).reply(*crowd) == human(0, 0.0).reply(*crowd)
+
+
+# ------------------------------------------------------------------ other people's prompts
+
+WORDS = "{request}|Solution {solution} {not a name} {}|{conversation}|{solution}"
+
+
+def test_other_words_for_a_human(proxied, tmp_path, monkeypatch):
+    """Filled in once: what a solution, a request or a turn holds in braces stays."""
+    (tmp_path / "words.txt").write_text(WORDS)
+    task = Task("make {solution}", "x = '{conversation} {request}'")
+    talk = dialogue("{solution}?")
+    wanted = ("make {solution}|Solution x = '{conversation} {request}' {not a name} {}|You: make {solution}\n"
+              "Assistant: {solution}?|x = '{conversation} {request}'")
+    proxy, cfg = proxied(lambda *_: said("ok")), Server(model="m", prompt=str(tmp_path / "words.txt"))
+    make_human(proxy.url, cfg=cfg).reply([task], [talk])
+    assert [json.loads(body)["messages"] for _, body in proxy.log if body] == [[{"role": "user", "content": wanted}]]
+    human, told = make_human(save_model(tmp_path / "model"), cfg=cfg), []
+    monkeypatch.setattr(human.speaker, "complete", lambda prompts, *_: told.extend(prompts) or ["ok"])
+    human.reply([task], [talk])
+    assert told == [tuple(render(human.speaker.tokenizer, [{"role": "user", "content": wanted}])[0])]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("{solution}", "{conversation} is missing"), ("{conversation}", "{solution} is missing"), ("", "is missing"),
+    ("{solution}{conversation}{reply}", "{reply} is not known"), (b"\xff{solution}{conversation}", "UTF-8"),
+    (None, "No such file")])
+def test_unfit_words_for_a_human_are_one_line(tmp_path, text, words):
+    file = tmp_path / "words.txt"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    for spec in ("http://127.0.0.1:9/v1", "no-such-model"):
+        with pytest.raises(InputError, match="--human-prompt") as caught:
+            make_human(spec, cfg=Server(model="m", prompt=str(file)))
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", ["scripted", "me", "mine:Human"])
+def test_who_reads_no_prompt_is_given_none(spec):
+    with pytest.raises(InputError, match="--human-prompt.*" + spec):
+        make_human(spec, cfg=Server(prompt="words.txt"))
+
+
+def test_other_instructions_for_the_agent(material, tmp_path):
+    words = tmp_path / "words.txt"
+
+    def run(text, *flags):
+        words.write_text(text)
+        program.main(["rollout", "--run", str(tmp_path / "run"), "--model", material[0], "--tasks", material[1],
+                      "--rollout-per-task", "1", "--rollout-max-tokens", "4", "--rollout-max-turns", "2",
+                      "--instructions", str(words), *flags])
+
+    def refused(*how):
+        with pytest.raises(SystemExit) as end:
+            run(*how)
+        return str(end.value)
+    assert "{turns} is not known" in (line := refused("You have {turns} turns.")) and "--instructions" in line
+    assert not (tmp_path / "run" / "trajectories.jsonl.partial").exists()
+    run("Ask {max_turns} times!\n")
+    for _, record in read_jsonl(tmp_path / "run" / "trajectories.jsonl"):
+        first = record["dialogue_history"][0]["content"]
+        assert first == "Ask 2 times!\n\n" + record["task"]["problem_description"]
+    assert "instructions = 'words.txt (sha256" in refused("Ask!")
+
+
+# ------------------------------------------------------------------ leaks
+
+SECRET = Task("Write def total(rows, key): sum it up.", """def total(rows, key):
+    \"\"\"Adds (up) the column = key.\"\"\"
+    found = [row[key] for row in rows]  # skips = none
+    for row in rows:
+        x = 1
+    result = sum(found)
+    return result
+""")
+
+
+@pytest.mark.parametrize("reply, leaks", [
+    ("It is found = [row[key] for row in rows].", True),  # the comment behind it does not count
+    ("Use `result = sum(found)`.", True), ("result=sum( found )", True), ("Do\n  result  =  sum(found)\nthen", True),
+    ("for row in rows: something", True), ("def total(rows, key): adds", False), ("return result", False),
+    ("x = 1", False), ("Adds (up) the column = key.", False), ("skips = none", False),
+    ("The sum of the column.", False), ("Result = Sum(Found)", False), ("", False)])
+def test_which_replies_show_code(reply, leaks):
+    assert shows_code(reply, SECRET) == leaks
+
+
+CODE = "It is result = sum(found)."
+FATES = {"plain": ["The sum."], "once": [CODE, "Add it up."], "twice": [CODE, CODE], "mute": [CODE, ""]}
+
+
+def tells(told):
+    """What a model says that is asked so: by the word in the agent's question."""
+    name, = [name for name in FATES if f"{name}?" in told[0]["content"]]
+    if len(told) == 3:  # asked again, after what it said
+        assert told[1] == {"role": "assistant", "content": CODE} and "code" in told[2]["content"]
+    return FATES[name][len(told) // 2]
+
+
+@pytest.mark.parametrize("leaks, replies, line", [
+    ("replace", ["The sum.", "Add it up.", NO_PREFERENCE, NO_PREFERENCE], "3 of 4 (1 after asking again)"),
+    ("keep", ["The sum.", CODE, CODE, CODE], "3 of 4 (kept)")])
+def test_a_reply_that_shows_code_is_asked_for_once_more(proxied, tmp_path, monkeypatch, capsys, leaks, replies, line):
+    cfg, asked = Server(model="m", leaks=leaks), ([SECRET] * 4, [dialogue(f"{name}?") for name in FATES])
+    local = ModelHuman(save_model(tmp_path), cfg)
+    monkeypatch.setattr(local.speaker, "complete", lambda prompts, keys, *_: [tells(told) for *_, told in keys])
+    proxy = proxied(lambda _, body: said(tells(json.loads(body)["messages"]) if body else "?"))
+    for human in (local, EndpointHuman(proxy.url, cfg)):
+        assert human.reply(*asked) == replies
+        capsys.readouterr()
+        tell_leaks(human)
+        assert capsys.readouterr().err == f"note: replies that showed code of the reference: {line}\n"
+    assert len([body for _, body in proxy.log if body]) == 4 + 3 * (leaks == "replace")
+
+
+def test_a_server_that_leaves_before_it_is_asked_again(proxied):
+    """What is missing is asked for later, and no reply is made up."""
+    human = EndpointHuman(proxied(lambda _, body: said(CODE)).url, Server(model="m", retries=0))
+    plain = human.endpoint.complete
+    human.endpoint.complete = lambda told: plain(told) if len(told[0]) == 1 else [None] * len(told)
+    assert human.reply([SECRET], [dialogue()]) == [None]
+
+
+def test_a_rollout_counts_the_replies_that_show_code(proxied, material, tmp_path, capsys):
+    tasks = [record for _, record in read_jsonl(material[1])]
+    secret = max(tasks[0]["ground_truth"].splitlines(), key=len)
+    proxy = proxied(lambda _, body: said(secret if body and secret in json.loads(body)["messages"][0]["content"]
+                                         else "I do not know"))
+
+    def run(folder, *flags):
+        program.main(["rollout", "--run", str(tmp_path / folder), "--model", material[0], "--tasks", material[1],
+                      "--rollout-per-task", "1", "--rollout-max-tokens", "4", "--rollout-max-turns", "2", "--human",
+                      proxy.url, "--human-model", "m", *flags])
+        line, = [line for line in capsys.readouterr().err.splitlines() if "showed code" in line]
+        return line, (tmp_path / folder / "trajectories.jsonl").read_text().count(json.dumps(secret.strip()))
+    alike = sum(secret in task["ground_truth"] for task in tasks)
+    assert run("replaced") == (f"note: replies that showed code of the reference: {alike} of 6 ({alike} after asking "
+                               "again)", 0)
+    line, shown = run("kept", "--human-leaks", "keep")
+    assert line.endswith(f"{alike} of 6 (kept)") and shown == alike
+    with pytest.raises(SystemExit, match="human.leaks = 'keep'"):
+        run("kept", "--human-leaks", "replace")
 
 
 # ------------------------------------------------------------------ a real server
@@ -378,7 +591,7 @@ def test_a_real_server_replies_as_the_same_model_does_here(server):
     dialogues = [dialogue(f"What about step {i}?") for i in range(4)]
     replies = EndpointHuman(url, Server(model=name, max_tokens=12)).reply(tasks, dialogues)
     assert len(set(replies)) > 1 and all(0 < len(reply) <= 400 for reply in replies)
-    here = ModelHuman(name, max_tokens=12)
+    here = ModelHuman(name, Server(max_tokens=12))
     assert here.reply(tasks, dialogues) == replies
     assert tasks[0].ground_truth in prompt_for(tasks[0], dialogues[0])[0]["content"]
 

@@ -13,6 +13,7 @@ from test_losses import assert_same_gradients, as_batch, flat, gradients, hand_t
 import actor
 import critic
 from env import DialogueEnv, end_of_turn, render
+from machinery import sampling
 from machinery.files import InputError
 from machinery.train import check_context, enable_checkpointing
 from kernels import logprob, prefix
@@ -441,11 +442,11 @@ def test_what_cannot_share_samples_the_plain_way(make, tokenizer, said):
     prompt = ids(random.Random(1), len(tokenizer), 12, 12)
     turns = actor.sample(model, tokenizer, [prompt, prompt[:5], prompt], ["a", "b", "c"], max_tokens=8)
     for key, start, turn in zip("abc", (prompt, prompt[:5], prompt), turns):
-        draws, sequence = actor.noise([key], 8)[0], list(start)
+        draws, sequence = sampling.noise([key], 8)[0], list(start)
         for token, draw in zip(turn, draws):
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([sequence])).logits[:, -1]
-            assert int(actor.pick(logits, draw[None])) == token
+            assert int(sampling.pick(logits, draw[None])) == token
             sequence.append(token)
 
 

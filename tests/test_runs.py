@@ -20,7 +20,7 @@ from test_train import POINTS, Config, saver, small, squares, weights
 import actor
 import critic
 import sweet as program
-from machinery import files, process, seeds, settings
+from machinery import files, process, sampling, seeds, settings
 from machinery.files import InputError, JsonlWriter, put_text, read_json, write_groups, write_json
 from machinery.reasons import why_no_pair, why_no_success, why_no_turn_pair
 from machinery.train import fit
@@ -265,8 +265,8 @@ def test_weights_that_are_not_finite_after_the_only_step_are_no_result(tmp_path)
 def test_nothing_is_sampled_from_logits_that_are_not_finite(logits, temperature):
     for top_p in (1.0, 0.9):
         with pytest.raises(InputError, match="logits"):
-            actor.pick(torch.tensor(logits), torch.tensor([0.5]), temperature, top_p)
-    assert actor.pick(torch.tensor([[-math.inf, 0.0]]), torch.tensor([0.0])).tolist() == [1]  # a token that is masked
+            sampling.pick(torch.tensor(logits), torch.tensor([0.5]), temperature, top_p)
+    assert sampling.pick(torch.tensor([[-math.inf, 0.0]]), torch.tensor([0.0])).tolist() == [1]
 
 
 def test_scores_that_are_not_finite_rank_nothing(tokenizer, model, trajectories):

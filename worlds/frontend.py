@@ -162,6 +162,8 @@ class EndpointPageHuman(EndpointHuman):
 
 def find_human(spec, server, browser):
     """The human that `--human` names: scripted | URL | module:Class. InputError for one who cannot see."""
+    if server and server.prompt:
+        raise InputError("--human-prompt: who sees pages reads none; leave it out")
     if spec == "scripted":
         return PageHuman(browser)
     if spec.startswith(("http://", "https://")):
