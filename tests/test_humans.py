@@ -93,7 +93,7 @@ def test_every_fault_that_may_pass_is_asked_again(proxied, kind):
             return said("a list of models?")
         asked.append(body)
         return said("later") if len(asked) > 3 else {**kind} if isinstance(kind, dict) else kind
-    human = EndpointHuman(proxied(fault, delay=1.0).url, Server(model="m", timeout=0.5))
+    human = EndpointHuman(proxied(fault, delay=4.0).url, Server(model="m", timeout=2.0))
     assert human.reply([TASK], [dialogue()]) == ["later"]
     assert human.endpoint.gone is None and len(asked) == 4
 
