@@ -18,6 +18,7 @@ per turn. Exercised by `python -m pytest tests/test_kernels.py` and measured by 
 Shapes: B examples, R rows of the batch, T tokens, K turns, D hidden, V vocabulary, N agent tokens in the batch.
 """
 import importlib.util
+import itertools
 
 import torch
 from tqdm import tqdm
@@ -136,11 +137,8 @@ def _prefix(example):
     """The tokens that can be shared: all before the first agent token, except the last one. That one starts the
     branch, because its hidden state predicts the first agent token."""
     input_ids, turn_ids = example
-    first_agent = len(input_ids)
-    for position, turn in enumerate(turn_ids):
-        if turn > 0:
-            first_agent = position
-            break
+    positions_of_the_agent = itertools.compress(itertools.count(), turn_ids)
+    first_agent = next(positions_of_the_agent, len(input_ids))
     return tuple(input_ids[:max(first_agent - 1, 0)])
 
 

@@ -163,6 +163,7 @@ def can_pad(model):
     return same
 
 
+@probed_once
 def cache_name(model):
     """What the model calls the keys and values that it reads and adds to: transformers 5.24 renamed the argument."""
     for module in (model, model.base_model):  # a head that hands everything on does not name it
@@ -319,8 +320,9 @@ class Tree:
 
 def pad_rows(rows, value):
     """Lists of whole numbers -> one tensor, padded on the right."""
-    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_value=value)
+    width = max(map(len, rows))
+    padded = [[*row, *[value] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.long)
 
 
 def share(prefixes, lengths=None):

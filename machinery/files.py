@@ -51,6 +51,12 @@ def clean(value, depth=MAX_DEPTH):
     return value
 
 
+def may_need_cleaning(text):
+    """Whether a line of JSON can hold what `clean` looks for: half a surrogate pair, or too many lists in each other.
+    Most lines cannot, and this is quicker to see than to clean them."""
+    return "\\u" in text or not text.isascii() or text.count("[") + text.count("{") > MAX_DEPTH
+
+
 def forgive(*streams):
     """Let text streams (stdin, stdout) replace what they cannot decode or encode, where they would raise."""
     for stream in streams:
@@ -109,7 +115,9 @@ def _read_object(text, where):
     if text.startswith("["):
         raise InputError(f"{where}: expected one JSON object a line; this is one array (a list)")
     try:
-        record = clean(json.loads(text))
+        record = json.loads(text)
+        if may_need_cleaning(text):
+            record = clean(record)
     except (ValueError, RecursionError) as error:  # also a number of more digits than Python reads
         raise InputError(f"{where}: not JSON ({error}); expected one object a line") from None
     if not isinstance(record, dict):
