@@ -109,7 +109,12 @@ class Untrained(Unfitted):
 
 
 class Imitation(critic.BradleyTerry):
-    """Ranks as the paper's critic does, after imitation alone."""
+    """Ranks as the paper's critic does, after imitation alone.
+
+    By Bayes' rule, log p(turn | o, c, better) - log p(turn | o, c) = log P(better | turn, o, c) - log P(better | o, c):
+    imitating the better dialogues, too, says how much a turn adds to the chance of being one. It learns nothing from
+    the worse ones.
+    """
 
     def fit(self, run, out):
         model, tokenizer = run.model("base", train=True)
