@@ -23,8 +23,10 @@ PARTS = {  # package: the module, names in it that are used here, and all that p
 
 
 def pin(package):
-    """A package as pip should install it: peft==0.21.2."""
-    found = re.search(rf"(?im)^{re.escape(package)}==[^\s;]+", PINS.read_text(encoding="utf-8"))
+    """A package as pip should install it: peft==0.21.2. Without a version where the project was installed by pip, which
+    leaves the file of versions behind."""
+    pins = PINS.read_text(encoding="utf-8") if PINS.exists() else ""
+    found = re.search(rf"(?im)^{re.escape(package)}==[^\s;]+", pins)
     return found[0] if found else package
 
 

@@ -3,9 +3,11 @@ import http.server
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -47,6 +49,29 @@ def test_every_package_has_one_exact_version_in_one_place():
         assert "==" not in (ROOT / file).read_text().replace('sys_platform == "linux"', "")
     assert "-c .ci/constraints.txt" in (ROOT / "requirements.txt").read_text()
     assert "-r requirements.txt" in (ROOT / "requirements-dev.txt").read_text()
+
+
+def test_pip_installs_the_command_and_all_that_it_reads(tmp_path):
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert declared["project"]["dependencies"] == names_in("requirements.txt")
+
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    left_out = {"tests", "docs", "bench", ".ci"}
+    files = [name for name in listed if name.partition("/")[0] not in left_out]
+    source, target = tmp_path / "source", tmp_path / "target"
+    for name in files:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*install, "--target", target, source], check=True)
+    rooms = {"kernels", "machinery", "studies", "worlds"}
+    needed = [name for name in files if name.partition("/")[0] in rooms or name.endswith(".py")]
+    assert [name for name in needed if not (target / name).exists()] == []
+
+    elsewhere = {**os.environ, "PYTHONPATH": str(target)}
+    said = subprocess.run([target / "bin/sweet", "status", "--run", "none"], cwd=tmp_path, env=elsewhere,
+                          capture_output=True, text=True)
+    assert said.stderr == "sweet: --run none: there is no such run\n"
 
 
 # ------------------------------------------------------------------ optional packages
