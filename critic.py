@@ -7,13 +7,14 @@ pi_ref does, per token:
     A(o_t, a_t, c) = 1/L sum_l [ log pi_theta(a_t^l | o_t, a_t^<l, c) - log pi_ref(a_t^l | o_t, a_t^<l, c) ]    (Eq. 3)
 
 Nobody labels turns. What is known is which of two whole dialogues on the same task ended better, and by Bradley-Terry
-the better one should have the larger sum of advantages; the sum's gradient finds out which turns deserve it:
+the better one should have the larger sum of advantages; over many pairs the gradient of that sum can find out which
+turns deserve it:
 
     loss = -log sigmoid( beta [ sum_t A(o_t^+, a_t^+, c) - sum_t A(o_t^-, a_t^-, c) ] )                        (Eq. 2)
 
 Place in the data flow: trajectories.jsonl -> `trajectory_pairs` -> `train` -> critic/; samples.jsonl -> `rank` ->
 candidates.jsonl. Exercised by `python sweet.py critic` and `python -m pytest tests/test_losses.py`. Differences from
-the paper: none in the formulas. `BradleyTerry` is the paper's critic; its ablations (no c, sum instead of mean), the
+the paper: none in the formulas; like the paper, training adds a small term of imitation (nll). `BradleyTerry` is the paper's critic; its ablations (no c, sum instead of mean), the
 official code's ways and critics of other kinds are in studies/critics.py, one `--critic NAME` each.
 
 Shapes: B trajectories, K turns.
@@ -116,8 +117,11 @@ def critic_view(tokenizer, trajectory, use_reference=True):
 
 
 def loss_fn(model, pairs, beta, nll, normalize, batch=None, pair_loss=bradley_terry_loss):
-    """The training loss on a list of pairs, and what to watch. batch: all pairs of the step, where these are a part of
-    it: the likelihood term is a mean over the chosen agent tokens of the whole step."""
+    """The training loss on a list of pairs, Eq. 2 - nll * mean log-prob of a chosen token, and what to watch.
+
+    batch: all pairs of the step, where these are a part of it (a micro-batch). The mean is over the chosen agent tokens
+    of the whole step, so that the gradients of its parts add up to it.
+    """
     B = len(pairs)
     sums_BK, ref_BK, lengths_BK = pair_logprobs(model, pairs)  # rows: B chosen ones, then B rejected ones
     advantages_BK = turn_advantages(sums_BK, ref_BK, lengths_BK, normalize)
@@ -134,7 +138,7 @@ def watch(advantages_BK, lengths_BK):
     score_B = advantages_BK.sum(-1)
     margin_B = score_B[:B] - score_B[B:]
     turn_K = torch.arange(1, lengths_BK.shape[1] + 1, device=lengths_BK.device)
-    last_B1 = ((lengths_BK > 0) * turn_K).argmax(-1, keepdim=True)
+    last_B1 = ((lengths_BK > 0) * turn_K).argmax(-1, keepdim=True)  # the column of the last turn, the answer
     answer_B = advantages_BK.gather(-1, last_B1).squeeze(-1)
     return {"accuracy": (margin_B > 0).float().mean().item(),
             "margin": margin_B.mean().item(),
@@ -164,7 +168,7 @@ class BradleyTerry:
     `--critic module:Class` runs yours, made by `Class()`; studies/critics.py has others.
 
     reference: whether it reads c. normalize: over what A is a mean (`turn_advantages`). rank_against: what pi_ref reads
-    when turns are ranked, the same as the critic ("c"), or never the reference ("own", as in the official code).
+    when turns are ranked: "c", the same as the critic, or "own", the dialogue alone (as in the official code).
     """
     reference = True
     normalize = "turn"
@@ -172,21 +176,20 @@ class BradleyTerry:
 
     def fit(self, run, out):
         """Learn from the offline dialogues; leave what was learned in the folder `out`. run (sweet.Run): .model(name,
-        train), .better_and_worse(...), .settings, .seed."""
+        train), .better_and_worse(...), .settings, .seed, and .learning(model, tokenizer): how `machinery.train.fit` is
+        to save, and what fits into memory."""
         model, tokenizer = run.model("base", train=True)
         cfg = run.settings["critic"]
 
         def view(trajectory):
             return critic_view(tokenizer, trajectory, self.reference)
         pairs = run.better_and_worse(run.settings["pairs"].per_task, model, tokenizer, view)
-        how = run.learning(model, tokenizer)
-        how["reference"] = self.reference
-        how["normalize"] = self.normalize
-        train(model, tokenizer, pairs, out, cfg, run.seed, **how)
+        train(model, tokenizer, pairs, out, cfg, run.seed, reference=self.reference, normalize=self.normalize,
+              **run.learning(model, tokenizer))
 
     def score(self, run, states, cfg):
         """Add `advantage` to every candidate of every state (see `rank`). run, here or of the report or of `play`:
-        .model(name), .path("critic") (what `fit` left), .world, .grade; cfg: the settings above."""
+        .model(name), .path("critic") (what `fit` left), .world, .grade; cfg: the critic's settings."""
         rank(*run.model("critic"), states, self.reference, self.normalize, self.rank_against)
 
 
@@ -227,8 +230,8 @@ def score_reference(model, tokenizer, states):
 def rank(model, tokenizer, states, reference=True, normalize="turn", rank_against="c"):
     """Add `advantage` (Eq. 3) to every candidate turn of every state; the last three as `BradleyTerry` has them.
 
-    states: {"task", "messages", "candidates": [{"output_ids", "ref_sum", "ref_sum_without_c"}]}. From text to number
-    this is the path that training took. A single turn has no trajectory to take a mean over: normalize "trajectory"
+    states: {"task", "messages", "candidates": [{"output_ids", "ref_sum", "ref_sum_without_c"}]}. Views and
+    sums come from the functions that training used. A single turn has no trajectory to take a mean over: normalize "trajectory"
     ranks by the turn's mean.
     """
     against_c = reference and rank_against == "c"

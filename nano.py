@@ -1,4 +1,4 @@
-"""SWEET-RL in one sitting: rollout -> critic -> turn pairs -> actor, in plain PyTorch, nothing hidden.
+"""SWEET-RL in one sitting: rollout -> critic -> turn pairs -> actor, in plain PyTorch.
 
     python nano.py        # trains everything from scratch on a CPU and prints how often the task is solved
 
@@ -17,9 +17,11 @@ better. Train the *actor*, which never sees c, to prefer the better ones by plai
 
 o_t is the dialogue so far, a_t the agent's turn of L tokens, c the reference solution; + marks the better one of a
 pair, - the worse; pi_ref is the model before training, beta how sharply a difference counts. A is divided by L, or the
-longest turn, the answer, would speak for all (Eq. 4 compares single turns). Both losses imitate + a little: nll.
+longest turn, the answer, would speak for all in the sum; Eq. 4 is about one turn and has no sum over turns. Both losses
+also imitate +: they subtract nll * its mean log-prob, which keeps what the model could do (nll: 0.01 in the paper).
 
-The other files add real models, other humans, baselines and speed; a test holds these functions equal to theirs.
+Tasks, dialogue and tests are in env.py and worlds/backend.py. The other files add real models, other humans, baselines
+and speed; a test holds the log-probs, losses and pairs of this file equal to theirs.
 Shapes: B sequences, T tokens, K turns, V vocabulary. An "example" is (input_ids, turn_ids), two lists of one length:
 turn_ids is k on the tokens of the agent's k-th turn and 0 on all that the agent only reads.
 """
@@ -71,15 +73,14 @@ def reference_logprobs(model, examples, batch_size=128):
         batch = order[start:start + batch_size]
         sums_BK, _ = turn_logprobs(model, [examples[i] for i in batch])
         for i, row in zip(batch, sums_BK.tolist()):
-            n_turns = max(examples[i][1])
-            sums[i] = row[:n_turns]
+            sums[i] = row[:max(examples[i][1])]  # turns are numbered from 1
     return sums
 
 def add_reference(model, pairs):
     """Note pi_ref's log-probs beside each pair. The model before its first step is pi_ref: no second one is needed."""
     for side in ("chosen", "rejected"):
-        found = reference_logprobs(model, [pair[side] for pair in pairs])
-        for pair, sums in zip(pairs, found):
+        sums_of_all = reference_logprobs(model, [pair[side] for pair in pairs])
+        for pair, sums in zip(pairs, sums_of_all):
             pair["ref_" + side] = sums
 
 def both_sides(model, pairs):
@@ -96,28 +97,27 @@ def turn_advantages(sums_BK, ref_sums_BK, lengths_BK):
     """Eq. 3: how much more likely the critic makes each turn than pi_ref does, per token. 0 where a turn is absent."""
     return (sums_BK - ref_sums_BK) / lengths_BK.clamp(min=1)
 
-def preference(score_B, beta):
+def preference_loss(score_B, beta):
     """-log sigmoid of how much better the chosen half of the rows is than the rejected half."""
     chosen, rejected = score_B.chunk(2)
     return -F.logsigmoid(beta * (chosen - rejected)).mean()
 
-def likelihood(sums_BK, lengths_BK):
-    """Mean log-prob of the chosen tokens: a little of it keeps what the model could do."""
-    chosen_BK, _ = sums_BK.chunk(2)
-    tokens_BK, _ = lengths_BK.chunk(2)
-    return chosen_BK.sum() / tokens_BK.sum()
+def mean_logprob(sums_BK, lengths_BK):
+    """Of a chosen token: the term of imitation."""
+    chosen = slice(len(sums_BK) // 2)
+    return sums_BK[chosen].sum() / lengths_BK[chosen].sum()
 
 def critic_loss(model, pairs, beta=critic_beta, nll=critic_nll):
     """Eq. 2, on pairs of whole dialogues: the better one has the larger sum of advantages."""
     sums_BK, ref_BK, lengths_BK = both_sides(model, pairs)
     advantages_BK = turn_advantages(sums_BK, ref_BK, lengths_BK)
-    return preference(advantages_BK.sum(-1), beta) - nll * likelihood(sums_BK, lengths_BK)
+    return preference_loss(advantages_BK.sum(-1), beta) - nll * mean_logprob(sums_BK, lengths_BK)
 
 def actor_loss(model, pairs, beta=actor_beta, nll=actor_nll):
     """Eq. 4, on pairs of single turns: log-probs are summed over the turn."""
     sums_BK, ref_BK, lengths_BK = both_sides(model, pairs)
     ratio_BK = sums_BK - ref_BK
-    return preference(ratio_BK.sum(-1), beta) - nll * likelihood(sums_BK, lengths_BK)
+    return preference_loss(ratio_BK.sum(-1), beta) - nll * mean_logprob(sums_BK, lengths_BK)
 
 def imitation_loss(model, examples):
     """Minus the mean log-prob of the demonstrator's tokens."""
@@ -150,11 +150,9 @@ def sample(model, tokenizer, prompts):
     """One turn for each prompt: lists of token ids that end with the end-of-turn token (or were cut off)."""
     end = end_of_turn(tokenizer)
     T = max(len(prompt) for prompt in prompts)
-    ids, mask = [], []
-    for prompt in prompts:
-        padding = T - len(prompt)  # on the left, as `generate` wants it
-        ids.append([end] * padding + prompt)
-        mask.append([0] * padding + [1] * len(prompt))
+    padding = [T - len(prompt) for prompt in prompts]  # on the left, as `generate` wants it
+    ids = [[end] * n + prompt for n, prompt in zip(padding, prompts)]
+    mask = [[0] * n + [1] * (T - n) for n in padding]
     out_BT = model.generate(
         input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask),
         do_sample=True, top_k=0, top_p=1.0,
@@ -186,15 +184,15 @@ def dialogue_pairs(tokenizer, dialogues, rewards, rng):
     """Success against failure on the same task, both as the critic reads them: with c in front."""
     by_task = {}
     for env, reward in zip(dialogues, rewards):
-        won, lost = by_task.setdefault(env.task.ground_truth, ([], []))
+        task = env.task.problem_description, env.task.ground_truth
+        won, lost = by_task.setdefault(task, ([], []))
         (won if reward == 1.0 else lost).append(env.messages)
     pairs = []
-    for reference, (won, lost) in by_task.items():
-        found = [(better, worse) for better in won for worse in lost]
-        for better, worse in rng.sample(found, min(pairs_per_task, len(found))):
-            chosen = render(tokenizer, better, reference)
-            rejected = render(tokenizer, worse, reference)
-            pairs.append({"chosen": chosen, "rejected": rejected})
+    for (_, reference), (won, lost) in by_task.items():
+        possible = [(better, worse) for better in won for worse in lost]
+        for better, worse in rng.sample(possible, min(pairs_per_task, len(possible))):
+            pairs.append({"chosen": render(tokenizer, better, reference),
+                          "rejected": render(tokenizer, worse, reference)})
     return pairs
 
 def one_turn(prompt, turn):
@@ -213,34 +211,37 @@ def sample_candidates(base, tokenizer, states):
         prompts = [group["prompt"] for group in part for _ in range(n_candidates)]
         turns = iter(sample(base, tokenizer, prompts))
         for group in part:
-            found = Counter(tuple(next(turns)) for _ in range(n_candidates))
-            group["turns"] = [list(turn) for turn in found]
-            group["counts"] = list(found.values())
+            counts = Counter(tuple(next(turns)) for _ in range(n_candidates))
+            group["turns"] = [list(turn) for turn in counts]
+            group["counts"] = list(counts.values())
     return groups
 
-def per_token(model, groups, view):
-    """Mean log-prob of a candidate's tokens, for all candidates of all states: one side of Eq. 3."""
-    examples = [one_turn(group[view], turn) for group in groups for turn in group["turns"]]
+def mean_logprobs(model, groups, prompt):
+    """Mean log-prob of a candidate's tokens after "with_c" or "prompt", for all of all states: one side of Eq. 3."""
+    examples = [one_turn(group[prompt], turn) for group in groups for turn in group["turns"]]
     sums = reference_logprobs(model, examples)
-    return [row[0] / sum(turn_ids) for row, (_, turn_ids) in zip(sums, examples)]
+    return [row[0] / sum(turn_ids) for row, (_, turn_ids) in zip(sums, examples)]  # one turn: its ids are 1
 
-def turn_pairs(groups, advantages, rng):
-    """At each state: a turn of the better half (of what was sampled) against one of the worse half, without c."""
+def turn_pairs(advantages, counts, rng):
+    """Pairs (a, b) of the candidates of a state: a from the better half of the samples, b from the worse."""
+    samples = []
+    for i, count in enumerate(counts):
+        samples += [i] * count  # a turn that was sampled 8 times has 8 of the 16 places
+    samples.sort(key=advantages.__getitem__, reverse=True)
+    half = len(samples) // 2
+    better, worse = samples[:half], samples[len(samples) - half:]
+    pairs = [(a, b) for a in better for b in worse if advantages[a] > advantages[b]]
+    rng.shuffle(pairs)
+    return list(dict.fromkeys(pairs))[:pairs_per_state]  # each pair once
+
+def all_turn_pairs(groups, advantages, rng):
+    """The pairs of all states, without c. advantages: of all candidates of all states, one after the other."""
     pairs, advantages = [], iter(advantages)
     for group in groups:
         turns, prompt = group["turns"], group["prompt"]
         mine = [next(advantages) for _ in turns]
-        samples = []
-        for i, count in enumerate(group["counts"]):
-            samples += [i] * count
-        samples.sort(key=mine.__getitem__, reverse=True)
-        half = len(samples) // 2
-        better, worse = samples[:half], samples[half:]
-        found = dict.fromkeys((a, b) for a in better for b in worse if mine[a] > mine[b])
-        for a, b in rng.sample(list(found), min(pairs_per_state, len(found))):
-            chosen = one_turn(prompt, turns[a])
-            rejected = one_turn(prompt, turns[b])
-            pairs.append({"chosen": chosen, "rejected": rejected})
+        for a, b in turn_pairs(mine, group["counts"], rng):
+            pairs.append({"chosen": one_turn(prompt, turns[a]), "rejected": one_turn(prompt, turns[b])})
     return pairs
 
 def main():
@@ -251,7 +252,6 @@ def main():
 
     def say(text):
         print(f"[{time.time() - started:4.0f} s] {text}", flush=True)
-
     def solved(model):
         tasks = world.make_tasks(n_test, seed, "test")
         _, rewards = play(model, tokenizer, tasks, random.Random(seed))
@@ -259,7 +259,8 @@ def main():
 
     # 0. the initial policy: a tiny Llama that imitates a clumsy demonstrator (a real model would be loaded here)
     base, tokenizer = world.new_model(world.Base(), seed)
-    documents = [render(tokenizer, *document) for document in world.documents(n_documents, seed)]
+    documents = world.documents(n_documents, seed)  # (messages, c or None): half show c, so that it learns to read one
+    documents = [render(tokenizer, messages, c) for messages, c in documents]
     train(base, documents, imitation_loss, base_lr, base_batch, base_epochs, rng)
     say(f"initial policy: {solved(base)}")
 
@@ -279,18 +280,17 @@ def main():
     states = []
     for env in dialogues:
         for turn in range(1, len(env.messages), 2):  # odd messages are the agent's turns
-            state = (env.task.ground_truth, env.messages[:turn])
-            states.append(state)
+            states.append((env.task.ground_truth, env.messages[:turn]))
     groups = sample_candidates(base, tokenizer, rng.sample(states, n_states))
-    ref_with_c = per_token(base, groups, "with_c")
-    trained = [ours - ref for ours, ref in zip(per_token(critic, groups, "with_c"), ref_with_c)]  # Eq. 3
+    ref_with_c = mean_logprobs(base, groups, "with_c")
+    trained = [ours - ref for ours, ref in zip(mean_logprobs(critic, groups, "with_c"), ref_with_c)]  # Eq. 3
     # The untrained critic, 1/L [log pi_ref(a|o,c) - log pi_ref(a|o)]: how much of the result needs Eq. 2 at all?
-    untrained = [ref - without for ref, without in zip(ref_with_c, per_token(base, groups, "prompt"))]
+    untrained = [ref - without for ref, without in zip(ref_with_c, mean_logprobs(base, groups, "prompt"))]
     say(f"{len(trained)} different candidates at {len(groups)} states")
 
     # 4. the actor learns from pairs of turns, without c
     for name, advantages in (("SWEET", trained), ("the same with an untrained critic", untrained)):
-        pairs = turn_pairs(groups, advantages, rng)
+        pairs = all_turn_pairs(groups, advantages, rng)
         add_reference(base, pairs)
         actor = copy.deepcopy(base)
         train(actor, pairs, actor_loss, actor_lr, actor_batch, actor_epochs, rng)

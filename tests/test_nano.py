@@ -1,5 +1,6 @@
 """nano.py is the plain path: its log-probs, losses and gradients are the core's, so that neither can drift."""
 import copy
+import random
 import runpy
 from pathlib import Path
 
@@ -98,13 +99,21 @@ def test_at_step_0_both_preference_losses_are_log_2_and_all_advantages_0(model, 
 
 
 def test_turn_pairs_take_one_of_the_better_and_one_of_the_worse_samples():
-    import random
-    group = {"prompt": [1, 2], "turns": [[5], [6], [7, 7]], "counts": [8, 6, 2]}
-    pairs = nano.turn_pairs([group], [0.1, 0.3, -0.5], random.Random(0))
+    groups = [{"prompt": [1, 2], "turns": [[5], [6], [7, 7]], "counts": [8, 6, 2]}]
+    pairs = nano.all_turn_pairs(groups, [0.1, 0.3, -0.5], random.Random(0))
     # sorted samples: 6 times turn 1, 8 times turn 0, twice turn 2; the better half is 1 1 1 1 1 1 0 0
     found = {(tuple(pair["chosen"][0][2:]), tuple(pair["rejected"][0][2:])) for pair in pairs}
     assert len(found) == 2 and found <= {((6,), (5,)), ((6,), (7, 7)), ((5,), (7, 7))}
     assert pairs[0]["chosen"][1][:2] == [0, 0] and set(pairs[0]["chosen"][1][2:]) == {1}
+
+
+def test_turn_pairs_are_those_of_the_core():
+    rng = random.Random(1)
+    for seed in range(50):
+        counts = [rng.randint(1, 5) for _ in range(rng.randint(1, 6))]
+        advantages = [rng.choice([-0.5, 0.0, 0.5, 1.0]) for _ in counts]  # with ties
+        ours = nano.turn_pairs(advantages, counts, random.Random(seed))
+        assert ours == actor.turn_pairs(advantages, counts, nano.pairs_per_state, random.Random(seed))
 
 
 def test_importing_it_runs_nothing(capsys):
