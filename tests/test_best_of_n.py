@@ -42,7 +42,7 @@ def run_in(folder, model, tokenizer, tasks, kind="sum", seed=4):
         root=folder, path=lambda name: folder / name, model=lambda name: (model, tokenizer), world=world, seed=seed,
         instructions=world.INSTRUCTIONS,
         settings=settings, critic=Sum(), held_out=lambda: tasks, machine=train.Machine(rows=40), grade=grade,
-        human=lambda: world.human("scripted", None, None, seed), record=SimpleNamespace(values={"clip": None}))
+        human=lambda held_out: world.human("scripted", None, None, seed), record=SimpleNamespace(values={"clip": None}))
 
 
 def dialogues(run):
@@ -58,7 +58,7 @@ def played(tmp_path_factory, model, tokenizer, tasks):
 
 def test_one_candidate_is_plain_sampling(played, model, tokenizer, tasks):
     keys = [(played.seed, "eval", i) for i in range(7)]
-    plain = actor.play_tasks(model, tokenizer, tasks[:7], played.human(), keys, played.settings["rollout"])
+    plain = actor.play_tasks(model, tokenizer, tasks[:7], played.human(True), keys, played.settings["rollout"])
     found = dialogues(played)[:7]
     assert [record["n"] for record in found] == [1] * 7
     for record, trajectory in zip(found, plain):
@@ -106,7 +106,7 @@ def test_a_stop_and_a_human_who_leaves_change_nothing(played, tmp_path, model, t
     class Away(Human):
         def reply(self, tasks, dialogues):
             return [None if task == run.held_out()[2] else reply
-                    for task, reply in zip(tasks, there().reply(tasks, dialogues))]
+                    for task, reply in zip(tasks, there(True).reply(tasks, dialogues))]
     there, run.human = run.human, Away
     with pytest.raises(InputError, match="unfinished"):
         best_of_n.play(run, NUMBERS)
