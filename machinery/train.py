@@ -68,7 +68,7 @@ def check_values(group, settings):
 class Given:
     """What you bring; the small world stands in for what is missing."""
     model: str = ""
-    """Initial policy, and where the critic starts: a Hugging Face directory or name, or a GGUF file."""
+    """Initial policy, and where the critic starts: a directory, name or GGUF file."""
     tasks: str = ""
     """Training tasks: a ColBench file."""
     heldout: str = ""
@@ -82,7 +82,7 @@ class Given:
     instructions: str = ""
     """What the agent reads before the request, in place of the world's: a file, with {max_turns} if wanted."""
     human: str = "scripted"
-    """scripted | me | URL | module:Class | a model's directory, name or GGUF file; a,b: one of them a dialogue."""
+    """scripted | me | URL | module:Class | a model; A,B: one of them a dialogue."""
     heldout_human: str = ""
     """Another one for eval and best-of-n ('': the same)."""
 
