@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from machinery.bars import note, progress
 from machinery.files import InputError, put, put_text, set_aside
-from machinery.optional import require
+from machinery.optional import first_line, require
 from machinery.template import end_of_turn
 
 
@@ -116,7 +116,6 @@ PAPER, OFFICIAL = PRESETS["paper"], PRESETS["official"]
 def load_model(path, cfg=None, train=False, seed=0):
     """A causal language model and its tokenizer from a Hugging Face directory or name, or a GGUF file. cfg: a Machine;
     train: with adapters and activation checkpointing, if cfg says so. InputError, in one line, on what cannot work."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     cfg = cfg or Machine()
     if cfg.dtype not in ("float32", "bfloat16"):
@@ -136,9 +135,9 @@ def load_model(path, cfg=None, train=False, seed=0):
         else:
             tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=cfg.dtype, **extra)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except Exception as error:  # each format has its own, and a damaged file can have any
         raise InputError(f"{path}: cannot be loaded as a causal language model with its tokenizer "
-                         f"({' '.join(str(error).split())[:200]})") from None
+                         f"({first_line(error)})") from None
     check_tokenizer(tokenizer, path)
     if getattr(model, "peft_config", None):
         restore_adapters(model, path, train)
