@@ -32,6 +32,7 @@ from machinery.sampling import sample
 from machinery.train import arg, check_context, fit
 from kernels.logprob import add_reference, agent_tokens, lay_out, pair_logprobs, pair_sizes, turn_logprobs
 from kernels.prefix import branches
+from simulator import ask
 
 
 @dataclass(frozen=True)
@@ -171,19 +172,12 @@ def play_out(model, tokenizer, envs, human, keys, **decoding):
 
 
 def ask_human(human, envs):
-    """Let the human reply wherever the agent has asked. InputError where that is not one text, or None, for each."""
+    """Let the human reply wherever the agent has asked (simulator.ask)."""
     asked = [env for env in envs if env.messages[-1]["role"] == "assistant"]
     if not asked:
         return
-    tasks = [env.task for env in asked]
-    replies = human.reply(tasks, [env.messages for env in asked])
-    name = f"{type(human).__name__}.reply()"
-    if not isinstance(replies, list) or len(replies) != len(asked):
-        raise InputError(f"{name} should return a list of {len(asked)} texts, one for each dialogue; it returned "
-                         f"{replies!r:.60}")
+    replies = ask(human, [env.task for env in asked], [env.messages for env in asked])
     for env, reply in zip(asked, replies):
-        if not isinstance(reply, str | None):
-            raise InputError(f"{name} should return texts; it returned {reply!r:.60}")
         if reply is not None:
             env.observe(reply)
 

@@ -95,6 +95,15 @@ def leads(means, methods, ways):
     return found
 
 
+def humans_of(made):
+    """Who replied in dialogues that were made with these settings, as a sentence; nothing where it is the default."""
+    human, held_out = made.get("human") or "scripted", made.get("heldout_human")
+    if held_out:
+        trained = "" if made.get("trajectories") else f", in the offline dialogues: {human}"
+        return f" The human in these dialogues: {held_out}{trained}."
+    return "" if human == "scripted" else f" The human: {human}."
+
+
 def results_caption(runs, means, sizes, ways, figure):
     over = "tasks only, there being one seed" if len(sizes) == 1 else "seeds and their tasks"
     base = np.mean([read_json(root / "seconds.json", {}).get("base", 0) for root in runs])
@@ -103,6 +112,7 @@ def results_caption(runs, means, sizes, ways, figure):
         f"over {over}. {figure.capitalize()}, turns: {decoding(ways[-1])}. Seconds: all stages after the base "
         f"policy ({base:.0f})."
     )
+    caption += humans_of(settings_of(runs[0]))
     made = read_json(runs[0] / "settings/critic.json", {})
     kind = made.get("critic.kind", "bradley-terry")
     if kind != "bradley-terry":

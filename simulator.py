@@ -9,6 +9,7 @@ carries what the human knows.
     ModelHuman      a local causal language model, told to answer from the solution
     EndpointHuman   any OpenAI-compatible server (`pip install openai`; the key comes from OPENAI_API_KEY)
     module:Class    your own, made by `Class()`; it needs `reply` and nothing else
+    DrawnHuman      several of these, one of them for each dialogue (`--human scripted,mine:Terse`)
 
 A human who cannot reply at the moment (a server that is gone) returns None for a dialogue; what is finished is kept
 then, and the same command completes the rest later (`machinery.files.write_groups`).
@@ -22,7 +23,7 @@ import sys
 from tqdm import tqdm
 
 from env import render
-from machinery.files import InputError, fill, forgive, note, read_prompt
+from machinery.files import InputError, fill, forgive, note, read_prompt, split_specs
 from machinery.optional import make
 from machinery.server import Endpoint, Server
 from machinery.thoughts import spoken
@@ -116,6 +117,42 @@ class ConsoleHuman(Human):
         return replies
 
 
+def ask(human, tasks, dialogues):
+    """The replies of a human. InputError where they are not one text, or None, for each dialogue."""
+    replies = human.reply(tasks, dialogues)
+    name = f"{type(human).__name__}.reply()"
+    if not isinstance(replies, list) or len(replies) != len(tasks):
+        raise InputError(f"{name} should return a list of {len(tasks)} texts, one for each dialogue; it returned "
+                         f"{replies!r:.60}")
+    for reply in replies:
+        if not isinstance(reply, str | None):
+            raise InputError(f"{name} should return texts; it returned {reply!r:.60}")
+    return replies
+
+
+class DrawnHuman(Human):
+    """One of several humans for each dialogue. humans: {SPEC: Human}. Who it is depends on the seed, the request and
+    the agent's first turn, which stay while a dialogue goes on: not on the order of calls, nor on other dialogues."""
+
+    def __init__(self, humans, seed=0):
+        self.humans, self.seed = humans, seed
+
+    def draw(self, dialogue):
+        """The SPEC of the human of this dialogue."""
+        first = [message["content"] for message in dialogue[:2]]
+        return random.Random(f"who {self.seed} {first}").choice(list(self.humans))
+
+    def reply(self, tasks, dialogues):
+        replies, drawn = [None] * len(tasks), [self.draw(dialogue) for dialogue in dialogues]
+        for spec, human in self.humans.items():
+            mine = [i for i, name in enumerate(drawn) if name == spec]
+            if mine:
+                said = ask(human, [tasks[i] for i in mine], [dialogues[i] for i in mine])
+                for i, reply in zip(mine, said):
+                    replies[i] = reply
+        return replies
+
+
 def role_of(cfg):
     """What a language model is told: ROLE, or the file that a Server's `prompt` names. InputError if that is unfit."""
     return read_prompt(cfg.prompt, "--human-prompt", ["solution", "conversation"], ["request"]) if cfg.prompt else ROLE
@@ -170,33 +207,41 @@ class SpokenHuman(Human):
 
 
 def tell_leaks(human):
-    """Say how many replies of a language model showed code of the reference."""
-    if isinstance(human, SpokenHuman):
-        then = "kept" if human.cfg.leaks == "keep" else f"{human.leaked_again} after asking again"
-        note(f"note: replies that showed code of the reference: {human.leaked} of {human.replies} ({then})")
+    """Say how many replies of a language model, or of each of several, showed code of the reference."""
+    humans = human.humans if isinstance(human, DrawnHuman) else {"": human}
+    for spec, one in humans.items():
+        if isinstance(one, SpokenHuman):
+            then = "kept" if one.cfg.leaks == "keep" else f"{one.leaked_again} after asking again"
+            of = f"{spec}: " if spec else ""
+            note(f"note: {of}replies that showed code of the reference: {one.leaked} of {one.replies} ({then})")
 
 
 class ModelHuman(SpokenHuman):
-    """A causal language model from a Hugging Face directory or name, that answers all dialogues side by side. cfg: a
-    Server; machine: a Machine. The same seed and dialogue give the same reply, in any order of calls."""
+    """A causal language model from a Hugging Face directory or name, or a GGUF file, that answers all dialogues side by
+    side. cfg: a Server; machine: a Machine. The same seed and dialogue give the same reply, in any order of calls. What
+    is too long for it to read has an empty reply."""
 
     def __init__(self, path, cfg=None, machine=None, seed=0):
         from machinery.speaker import Speaker
-        from machinery.train import Machine, load_model
+        from machinery.train import Machine, context_of, load_model
         super().__init__(cfg or Server())
         self.rows, self.seed = (machine or Machine()).rows, seed
         self.speaker = Speaker(*load_model(path, machine))
+        self.room = context_of(self.speaker.model) - self.cfg.max_tokens  # tokens of a prompt at most
 
     def complete(self, tasks, conversations):
-        prompts, keys, texts = [], [], []
-        for told in conversations:
+        texts, read = [""] * len(tasks), []
+        for i, told in enumerate(conversations):
             prompt, _ = render(self.speaker.tokenizer, told)
-            prompts.append(tuple(prompt))
-            keys.append((self.seed, "human", told))
-        groups = [task.hidden_information for task in tasks]
-        for i in range(0, len(prompts), self.rows):
-            part = [rows[i:i + self.rows] for rows in (prompts, keys, groups)]
-            texts += self.speaker.complete(*part, self.cfg.temperature, self.cfg.max_tokens)
+            if len(prompt) <= self.room:
+                read.append((i, tuple(prompt), (self.seed, "human", told), tasks[i].hidden_information))
+        if len(read) < len(texts):
+            note(f"note: {len(texts) - len(read)} dialogues are too long for the human to read: {self.silence!r}")
+        for start in range(0, len(read), self.rows):
+            places, *part = zip(*read[start:start + self.rows])
+            said = self.speaker.complete(*part, self.cfg.temperature, self.cfg.max_tokens)
+            for i, text in zip(places, said):
+                texts[i] = text
         return texts
 
 
@@ -214,17 +259,35 @@ class EndpointHuman(SpokenHuman):
         return texts
 
 
+def is_server(spec):
+    return spec.startswith(("http://", "https://"))
+
+
+def reads_prompt(spec):
+    """Whether the human of a SPEC is a language model of ours to instruct: a server or a local one."""
+    return is_server(spec) or spec not in ("scripted", "me") and ":" not in spec
+
+
 def make_human(spec, respond=None, seed=0, cfg=None, machine=None):
-    """The human that `--human` names: scripted | me | URL | module:Class | a model's directory or name."""
-    is_server = spec.startswith(("http://", "https://"))
-    if cfg and cfg.prompt and not is_server and (spec in ("scripted", "me") or ":" in spec):
+    """The human that a SPEC names: scripted | me | URL | module:Class | a model's directory, name or GGUF file."""
+    if cfg and cfg.prompt and not reads_prompt(spec):
         raise InputError(f"--human-prompt: --human {spec} reads none; expected a server or a local model")
     if spec == "scripted":
         return ScriptedHuman(respond, seed)
     if spec == "me":
         return ConsoleHuman()
-    if is_server:
+    if is_server(spec):
         return EndpointHuman(spec, cfg or Server(), seed)
     if ":" in spec:
         return make(spec, "--human", "reply(tasks, dialogues)")
     return ModelHuman(spec, cfg, machine, seed)
+
+
+def make_humans(specs, make, seed=0):
+    """The human that `--human` names: make(SPEC), or one of several, SPEC,SPEC,..., for each dialogue (DrawnHuman)."""
+    names = split_specs(specs)
+    if len(names) == 1:
+        return make(specs)
+    if "" in names or len(set(names)) < len(names):
+        raise InputError(f"--human {specs}: expected different humans with commas between them")
+    return DrawnHuman({name: make(name) for name in names}, seed)

@@ -51,7 +51,7 @@ from env import ANSWER_MARKER
 from env import load_tasks, read_trajectories, render
 from machinery import schema
 from machinery.bars import note, whole_bars
-from machinery.files import InputError, JsonlWriter, forgive, put_text, read_prompt, write_groups
+from machinery.files import InputError, JsonlWriter, forgive, put_text, read_prompt, split_specs, write_groups
 from machinery.flags import Flags, read_settings
 from machinery.folder import closing, critic_folder, flags_given, further_critics, keep, measured, place, recall
 from machinery.folder import remembering, show_status, to_redo
@@ -62,7 +62,7 @@ from machinery.server import Server
 from machinery.settings import Record, check_tasks_given, flat, no_held_out
 from machinery.start import check_start, machine_here, stages_to_do
 from machinery.train import Given, Machine, arg, check_finite, check_views, load_model, save_to
-from simulator import tell_leaks
+from simulator import make_humans, reads_prompt, tell_leaks
 from studies import best_of_n, credit, study
 from studies.critics import find_critic, title_of
 from worlds import find_world, tiny
@@ -193,8 +193,19 @@ class Run:
             path = self.given.model
         return load_model(path, self.machine, train, self.seed)
 
-    def human(self):
-        return self.world.human(self.given.human, self.settings["human"], self.machine, self.seed)
+    def human(self, held_out=False):
+        """Who replies in offline dialogues, or in held-out ones."""
+        own, cfg = held_out and self.given.heldout_human, self.settings["human"]
+        everybody = [*split_specs(self.given.human), *split_specs(self.given.heldout_human)]
+        silent = dataclasses.replace(cfg, prompt="") if any(map(reads_prompt, filter(None, everybody))) else cfg
+
+        def make(spec):
+            server = cfg if reads_prompt(spec) else silent
+            return self.world.human(spec, server, self.machine, self.seed)
+        try:
+            return make_humans(own or self.given.human, make, self.seed)
+        except InputError as error:
+            raise InputError(f"--heldout-human: {error}" if own else str(error)) from None
 
     def training_tasks(self):
         cfg, first = self.settings["rollout"], self.settings["eval"].first
@@ -398,7 +409,7 @@ def stage_eval(run):
     tasks, cfg, loaded = run.held_out(), run.settings["eval"], {}
     names = run.methods if run.variant == run.root else ["actor"]
     todo = list(itertools.product(names, (1.0, cfg.top_p), range(len(tasks))))
-    human = run.human()
+    human = run.human(held_out=True)
 
     def group(part, _):
         method, top_p, _ = part[0]
@@ -459,12 +470,13 @@ STAGES = {
     "actor": Stage(stage_actor, "actor", ("pairs",), ("actor.*",)),
     "rft": Stage(stage_rft, "rft", ("rollout",), ("rft.*", *TRAINED)),
     "multiturn": Stage(stage_multiturn, "multiturn", ("rollout",), ("pairs.margin", "multiturn.*", *TRAINED)),
-    "eval": Stage(stage_eval, "eval.jsonl", ("actor", "rft", "multiturn"), ("eval.*", "heldout", *PLAYED)),
+    "eval": Stage(stage_eval, "eval.jsonl", ("actor", "rft", "multiturn"), (
+        "eval.*", "heldout", "heldout_human", *PLAYED)),
     "credit": Stage(credit.check, "credit.json", ("critic",), (
         "eval.tasks", "eval.first", "eval.split", "heldout", "candidates.n", "credit.*", *PLAYED)),
     "report": Stage(stage_report, "report.html", ("actor", "rft", "multiturn", "eval", "credit")),
     "best-of-n": Stage(best_of_n.play, "best-of-n.jsonl", ("critic",), (
-        "eval.tasks", "eval.first", "eval.split", "heldout", *PLAYED)),
+        "eval.tasks", "eval.first", "eval.split", "heldout", "heldout_human", *PLAYED)),
 }
 
 

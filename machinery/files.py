@@ -258,6 +258,11 @@ def holds_something(path):
     return path.exists() and path.stat().st_size > 0
 
 
+def split_specs(specs):
+    """The parts of SPEC,SPEC,...: a path that is there is one of its own, whatever its name."""
+    return [specs] if os.path.exists(specs) else specs.split(",")
+
+
 def fingerprint(setting):
     """A setting in the words in which runs are compared: a file by name and content, what is not given as None."""
     if setting and Path(setting).is_file():

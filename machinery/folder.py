@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from machinery.bars import note
-from machinery.files import InputError, read_json, write_json
+from machinery.files import InputError, read_json, split_specs, write_json
 from machinery.process import KEPT, LOCK, holder, one_line
 from machinery.settings import dependencies, leftovers
 from machinery.train import Given
@@ -89,10 +89,14 @@ def recall(flags, argv):
             raise InputError(f"{run}: what it remembers cannot be used: {error}") from None
     options.run = run
     for field in dataclasses.fields(Given):
-        value = getattr(options, field.name)
-        if value and value not in ("scripted", "me") and os.path.exists(value):
-            setattr(options, field.name, os.path.abspath(value))  # for a command from another folder
+        if value := getattr(options, field.name):
+            setattr(options, field.name, ",".join(map(absolute, split_specs(value))))
     return options
+
+
+def absolute(value):
+    """A path that is there, as a command from another folder can use it; anything else as it is."""
+    return os.path.abspath(value) if value not in ("scripted", "me") and os.path.exists(value) else value
 
 
 def flags_given(options):

@@ -15,6 +15,7 @@ from machinery.files import InputError
 PINS = Path(__file__).resolve().parent.parent / ".ci/constraints.txt"
 PARTS = {  # package: the module, names in it that are used here, and all that pip has to install
     "gradio": ("gradio", ("Blocks", "Chatbot"), ("gradio",)),
+    "gguf": ("gguf", ("GGUFReader", "dequantize"), ("transformers", "accelerate", "gguf")),
     "openai": ("openai", ("OpenAI", "AsyncOpenAI", "OpenAIError"), ("openai",)),
     "peft": ("peft", ("LoraConfig", "load_peft_weights", "set_peft_model_state_dict"), ("transformers", "peft")),
     "pillow": ("PIL.Image", ("open", "fromarray"), ("pillow",)),

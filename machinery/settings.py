@@ -13,7 +13,7 @@ import os
 import shlex
 from pathlib import Path
 
-from machinery.files import InputError, fingerprint, holds_something, note, read_json, write_json
+from machinery.files import InputError, fingerprint, holds_something, note, read_json, split_specs, write_json
 from machinery.train import name_of
 
 
@@ -26,9 +26,21 @@ def flat(settings, **more):
             name = name_of(group, field)
             is_file = group == "given" or name == "human.prompt"
             found[name] = fingerprint(value) if is_file else value
-    if "://" in (found["human"] or ""):  # a server may move to another address, its model may not change
-        found["human"] = f"server: {found['human.model']}"
+    for name in ("human", "heldout_human"):
+        found[name] = who(found[name] or "", found["human.model"])
     return found
+
+
+def who(specs, model):
+    """The humans of SPEC,SPEC,... in these words, None where nobody is named. A server may move to another address, its
+    model may not change."""
+    found = []
+    for spec in split_specs(specs):
+        if "://" in spec:
+            found.append(f"server: {model}")
+        else:
+            found.append(fingerprint(spec) or "")
+    return ",".join(found) or None
 
 
 def no_held_out(given, first):

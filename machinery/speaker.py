@@ -37,7 +37,7 @@ class Speaker:
         most max_tokens each."""
         memory = branches(self.model, prompts, prefixes=common_prefixes(prompts, groups))
         turns = sample(self.model, self.tokenizer, prompts, keys, temperature=temperature, max_tokens=max_tokens,
-                       memory=memory, stop=self.ends, what="--human: what it is told, the dialogue and a reply")
+                       memory=memory, stop=self.ends)
         texts = []
         for prompt, turn in zip(prompts, turns):
             begun = OPEN_AT_END.search(self.decode(prompt[-32:]))  # some templates begin a turn with a thought

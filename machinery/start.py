@@ -16,6 +16,7 @@ from machinery.optional import first_line, load
 from machinery.train import check_adapters
 
 DIALOGUES = {"rollout", "eval", "credit", "best-of-n"}  # the stages that talk with the human and grade
+HELD_OUT = {"eval", "best-of-n"}  # of these, those that talk with --heldout-human
 
 
 def stages_to_do(run, stages, stage):
@@ -57,8 +58,8 @@ def check_start(run, stage, todo):
             run.record.check(name)  # where files were made with other settings, that is what to say
     if todo and run.given.model:
         run.model("base", train=True)
-    if todo & DIALOGUES:
-        run.human()
+    for held_out in {name in HELD_OUT and bool(run.given.heldout_human) for name in todo & DIALOGUES}:
+        run.human(held_out)
 
 
 def machine_here(machine):

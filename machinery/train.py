@@ -10,6 +10,7 @@ optimizer needs for those that learn (docs/memory.md has the arithmetic).
 
 Exercised by `python -m pytest tests/test_train.py tests/test_real.py`.
 """
+import importlib
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from machinery.bars import note, progress
 from machinery.files import InputError, put, put_text, set_aside
-from machinery.optional import require
+from machinery.optional import first_line, require
 from machinery.template import end_of_turn
 
 
@@ -67,7 +68,7 @@ def check_values(group, settings):
 class Given:
     """What you bring; the small world stands in for what is missing."""
     model: str = ""
-    """Initial policy, and where the critic starts: a Hugging Face directory or name."""
+    """Initial policy, and where the critic starts: a directory, name or GGUF file."""
     tasks: str = ""
     """Training tasks: a ColBench file."""
     heldout: str = ""
@@ -81,7 +82,9 @@ class Given:
     instructions: str = ""
     """What the agent reads before the request, in place of the world's: a file, with {max_turns} if wanted."""
     human: str = "scripted"
-    """scripted | me | URL | module:Class | a model's directory or name."""
+    """scripted | me | URL | module:Class | a model; A,B: one of them a dialogue."""
+    heldout_human: str = ""
+    """Another one for eval and best-of-n ('': the same)."""
 
 
 @dataclass(frozen=True)
@@ -111,22 +114,30 @@ PAPER, OFFICIAL = PRESETS["paper"], PRESETS["official"]
 
 
 def load_model(path, cfg=None, train=False, seed=0):
-    """A causal language model and its tokenizer from a Hugging Face directory or name. cfg: a Machine; train: with
-    adapters and activation checkpointing, if cfg says so. InputError, in one line, on what cannot work."""
-    from safetensors import SafetensorError
+    """A causal language model and its tokenizer from a Hugging Face directory or name, or a GGUF file. cfg: a Machine;
+    train: with adapters and activation checkpointing, if cfg says so. InputError, in one line, on what cannot work."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     cfg = cfg or Machine()
     if cfg.dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype {cfg.dtype}: expected float32 or bfloat16")
     extra = {"attn_implementation": cfg.attention} if cfg.attention else {}
-    if (Path(path) / "adapter_config.json").exists():
+    adapted = (Path(path) / "adapter_config.json").exists()
+    if adapted:
         check_adapters(path)
+    below = model_below(path) if adapted else str(path)
+    if below.endswith(".gguf"):
+        require("gguf", below, check_gguf)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=cfg.dtype, **extra)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if below.endswith(".gguf"):
+            model, tokenizer = read_gguf(below, dtype=cfg.dtype, **extra)
+            if adapted:
+                model.load_adapter(str(path))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=cfg.dtype, **extra)
+    except Exception as error:  # each format has its own, and a damaged file can have any
         raise InputError(f"{path}: cannot be loaded as a causal language model with its tokenizer "
-                         f"({' '.join(str(error).split())[:200]})") from None
+                         f"({first_line(error)})") from None
     check_tokenizer(tokenizer, path)
     if getattr(model, "peft_config", None):
         restore_adapters(model, path, train)
@@ -135,6 +146,32 @@ def load_model(path, cfg=None, train=False, seed=0):
     if train and cfg.checkpointing:
         enable_checkpointing(model)
     return model.to(cfg.device).eval(), tokenizer
+
+
+def model_below(path):
+    """The name of the model that a directory of adapters stands on."""
+    try:
+        return str(json.loads((Path(path) / "adapter_config.json").read_bytes())["base_model_name_or_path"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: its adapter_config.json names no model ({type(error).__name__}: {error})") from None
+
+
+def check_gguf(_):
+    """What transformers needs to read GGUF files, beside the package."""
+    importlib.import_module("accelerate")
+    return importlib.import_module("transformers").GgufConfig
+
+
+def read_gguf(path, **extra):
+    """(model, tokenizer) of a GGUF file, weights dequantized, as if they came from a Hugging Face directory: so that is
+    what is saved."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    folder, name = os.path.split(os.path.abspath(path))
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=name, quantization_config=GgufConfig(dequantize=True), **extra)
+    model.name_or_path = os.path.abspath(path)  # what adapters call the model below them
+    return model, tokenizer
 
 
 def check_tokenizer(tokenizer, path):

@@ -23,6 +23,7 @@ import critic
 from env import DialogueEnv, render
 from machinery.bootstrap import interval, resample_weights
 from machinery.files import InputError, read_jsonl, write_groups
+from simulator import tell_leaks
 
 NUMBERS = (1, 2, 4, 8, 16, 32)
 
@@ -93,7 +94,7 @@ def play(run, numbers=NUMBERS):
     if file_of(run).exists():
         return
     cfg, tasks = run.settings["rollout"], run.held_out()
-    policy, human = BestOfN(run), run.human()
+    policy, human = BestOfN(run), run.human(held_out=True)
     actor.check_tasks(policy.model, policy.tokenizer, tasks, cfg, run.instructions)
 
     def group(part, _):
@@ -120,6 +121,7 @@ def play(run, numbers=NUMBERS):
         return records
     todo = list(itertools.product(numbers, range(len(tasks))))
     write_groups(file_of(run), todo, max(1, run.machine.rows // 8), group, "best of n")
+    tell_leaks(human)
 
 
 # ------------------------------------------------------------------ figures

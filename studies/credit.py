@@ -16,6 +16,7 @@ from env import ANSWER_MARKER, DialogueEnv, Task, grade
 from machinery.bars import progress
 from machinery.files import InputError, write_json, write_lines
 from machinery.train import arg
+from simulator import tell_leaks
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def check(run):
     found = agreement_with_labels(states)
     found["monte_carlo"] = agreement_with_monte_carlo(valued)
     write_json(run.path("credit.json"), found)
+    tell_leaks(human)
 
 
 def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade):

@@ -9,7 +9,8 @@ import critic
 from env import grade, render
 from machinery import train
 from machinery.files import InputError, read_jsonl, write_lines
-from simulator import Human
+from machinery.server import Server
+from simulator import Human, SpokenHuman
 from studies import best_of_n
 from worlds import backend
 
@@ -42,7 +43,8 @@ def run_in(folder, model, tokenizer, tasks, kind="sum", seed=4):
         root=folder, path=lambda name: folder / name, model=lambda name: (model, tokenizer), world=world, seed=seed,
         instructions=world.INSTRUCTIONS,
         settings=settings, critic=Sum(), held_out=lambda: tasks, machine=train.Machine(rows=40), grade=grade,
-        human=lambda: world.human("scripted", None, None, seed), record=SimpleNamespace(values={"clip": None}))
+        human=lambda held_out=False: world.human("scripted", None, None, seed) if held_out else None,
+        record=SimpleNamespace(values={"clip": None}))
 
 
 def dialogues(run):
@@ -58,7 +60,7 @@ def played(tmp_path_factory, model, tokenizer, tasks):
 
 def test_one_candidate_is_plain_sampling(played, model, tokenizer, tasks):
     keys = [(played.seed, "eval", i) for i in range(7)]
-    plain = actor.play_tasks(model, tokenizer, tasks[:7], played.human(), keys, played.settings["rollout"])
+    plain = actor.play_tasks(model, tokenizer, tasks[:7], played.human(True), keys, played.settings["rollout"])
     found = dialogues(played)[:7]
     assert [record["n"] for record in found] == [1] * 7
     for record, trajectory in zip(found, plain):
@@ -106,8 +108,8 @@ def test_a_stop_and_a_human_who_leaves_change_nothing(played, tmp_path, model, t
     class Away(Human):
         def reply(self, tasks, dialogues):
             return [None if task == run.held_out()[2] else reply
-                    for task, reply in zip(tasks, there().reply(tasks, dialogues))]
-    there, run.human = run.human, Away
+                    for task, reply in zip(tasks, there(True).reply(tasks, dialogues))]
+    there, run.human = run.human, lambda held_out: Away()
     with pytest.raises(InputError, match="unfinished"):
         best_of_n.play(run, NUMBERS)
     run.human = there
@@ -123,6 +125,18 @@ def test_a_stop_and_a_human_who_leaves_change_nothing(played, tmp_path, model, t
     assert not best_of_n.file_of(run).exists() and (tmp_path / "run/best-of-n.jsonl.partial").stat().st_size
     best_of_n.play(run, NUMBERS)
     assert best_of_n.file_of(run).read_bytes() == best_of_n.file_of(played).read_bytes()
+
+
+def test_replies_that_show_code_are_counted(tmp_path, capsys, model, tokenizer, tasks):
+    run = run_in(tmp_path / "run", model, tokenizer, tasks[:2])
+
+    class Model(SpokenHuman):
+        def complete(self, tasks, conversations):
+            return [task.ground_truth for task in tasks]
+    run.human = lambda held_out: Model(Server(leaks="keep"))
+    best_of_n.play(run, (1,))
+    replies = sum(len(record["dialogue_history"]) // 2 - 1 for record in dialogues(run))
+    assert f"showed code of the reference: {replies} of {replies} (kept)" in capsys.readouterr().err and replies
 
 
 def test_figures_by_hand(tmp_path, tasks):

@@ -168,7 +168,7 @@ def files(tmp_path, monkeypatch):
     [], ["--smoke"], ["--seed=3", "--preset=paper"], ["--model=m"], ["--task=frontend", "--rollout-max-turns=3"],
     ["--tasks=train.jsonl", "--heldout=held.jsonl", "--human=http://x:1", "--human-model=q"], ["--critic=without-c"],
     ["--tasks=train.jsonl"], ["--critic-beta=0.5", "--lora=4", "--checkpointing", "--dtype=bfloat16"],
-    ["--preset=one-gpu", "--device=cpu"]])
+    ["--preset=one-gpu", "--device=cpu"], ["--human=m,scripted", "--heldout-human=m"]])
 def test_no_flag_is_needed_again(flags, files, monkeypatch):
     first = made(files / "r", *flags)
     (files / "elsewhere").mkdir()
@@ -179,7 +179,9 @@ def test_no_flag_is_needed_again(flags, files, monkeypatch):
     assert later.settings == first.settings and later.variant.resolve() == first.variant.resolve()
     for name in program.STAGES:
         later.claim(name)  # no contradiction
-    for path in filter(None, (later.given.model, later.given.tasks, later.given.heldout)):
+    humans = [spec for spec in later.given.human.split(",") if spec != "scripted" and "://" not in spec]
+    given = later.given
+    for path in filter(None, (given.model, given.tasks, given.heldout, given.heldout_human, *humans)):
         assert os.path.exists(path)  # from another folder, too
     without = {"settings.json", "without-c/settings.json"}
     for name in without:  # a run that is older than this file: what its stages wrote down

@@ -18,8 +18,10 @@ from env import Task, end_of_turn, render
 from machinery.files import InputError, read_jsonl
 from machinery.server import Server
 from machinery.thoughts import spoken
+from machinery.settings import flat
 from machinery.train import Machine
-from simulator import NO_PREFERENCE, EndpointHuman, ModelHuman, make_human, prompt_for, shows_code, tell_leaks
+from simulator import NO_PREFERENCE, DrawnHuman, EndpointHuman, ModelHuman, ScriptedHuman, make_human, make_humans
+from simulator import prompt_for, shows_code, tell_leaks
 from worlds import backend as world
 
 pytestmark = pytest.mark.slow
@@ -438,6 +440,140 @@ def test_a_temperature_draws_and_its_seed_says_what(tmp_path, crowd):
     assert human(0, rows=1).reply(*[part[::-1] for part in crowd])[::-1] == replies
     assert human(1).reply(*crowd) != replies != human(0, 0.0).reply(*crowd)
     assert human(0, 1e-4).reply(*crowd) == human(0, 0.0).reply(*crowd)
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_dialogue_that_is_too_long_for_a_local_model_has_no_preference(tmp_path, capsys, short):
+    """As an empty reply has; what just fits is read, whatever stands beside it."""
+    crowd = [TASK] * 3, [dialogue("So?"), dialogue("So? " * 60), dialogue("Is it sorted?")]
+    folder, cfg = save_model(tmp_path, seed=11), Server(max_tokens=8)
+    speaker = ModelHuman(folder).speaker
+    lengths = [len(render(speaker.tokenizer, prompt_for(*pair))[0]) for pair in zip(*crowd)]
+    plain = ModelHuman(folder, cfg).reply(*crowd)
+    capsys.readouterr()
+    save_model(tmp_path, seed=11, context=lengths[2] + 8 - short)
+    found = ModelHuman(folder, cfg).reply(*crowd)
+    assert found == [plain[0], NO_PREFERENCE, NO_PREFERENCE if short else plain[2]] and NO_PREFERENCE not in plain
+    assert f"note: {1 + short} dialogues are too long for the human to read" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ several humans
+
+CROWD = """
+from simulator import Human
+class One(Human):
+    def reply(self, tasks, dialogues):
+        return [f"{type(self).__name__} {len(dialogue)}" for dialogue in dialogues]
+class Two(One):
+    pass
+class Short(One):
+    def reply(self, tasks, dialogues):
+        return super().reply(tasks, dialogues)[1:]
+"""
+
+
+@pytest.fixture
+def several(tmp_path, monkeypatch):
+    (tmp_path / "sweet_crowd.py").write_text(CROWD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("sweet_crowd", None)
+    return lambda specs, seed=0: make_humans(specs, make_human, seed)
+
+
+def test_one_of_several_humans_for_each_dialogue(several):
+    """Drawn by the seed, the same one to the end, whatever the order and the company."""
+    human = several("sweet_crowd:One,sweet_crowd:Two")
+    asked = [dialogue(f"{i}?") for i in range(60)]
+    replies = human.reply([TASK] * 60, asked)
+    who = [reply.split()[0] for reply in replies]
+    assert 15 <= who.count("One") <= 45 and who.count("One") + who.count("Two") == 60
+    assert human.reply([TASK] * 60, asked[::-1]) == replies[::-1]
+    assert [human.reply([TASK], [talk])[0] for talk in asked] == replies
+    later = [[*talk, {"role": "user", "content": reply}, *dialogue()[1:]] for talk, reply in zip(asked, replies)]
+    assert human.reply([TASK] * 60, later) == [f"{name} 4" for name in who]
+    other = [[{"role": "user", "content": "another task"}, *talk[1:]] for talk in asked]
+    for changed in (several("sweet_crowd:One,sweet_crowd:Two", 1).reply([TASK] * 60, asked),
+                    human.reply([TASK] * 60, other)):
+        assert 15 <= sum(a != b for a, b in zip(changed, replies)) <= 45
+
+
+def test_several_humans_of_all_kinds(several, proxied, tmp_path, capsys):
+    folder = save_model(tmp_path / "a,b", seed=11)  # a path with a comma is one
+    assert isinstance(several(folder), ModelHuman)
+    urls = [proxied(lambda *_, name=name: said(name)).url for name in ("first", "second")]
+
+    def make(spec):
+        return make_human(spec, lambda task, talk, rng: "scripted", 0, Server(model="m"))
+    human = make_humans(",".join([*urls, "scripted", "sweet_crowd:One"]), make)
+    found = human.reply([TASK] * 60, [dialogue(f"{i}?") for i in range(60)])
+    assert {reply.split()[0] for reply in found} == {"first", "second", "scripted", "One"}
+    capsys.readouterr()
+    tell_leaks(human)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"note: {url}: replies that showed code of the reference: 0 of {found.count(name)} (0 after asking"
+                     " again)" for url, name in zip(urls, ("first", "second"))]
+
+
+@pytest.mark.parametrize("specs, words", [
+    ("sweet_crowd:One,", "commas between"), (",sweet_crowd:One", "commas between"),
+    ("me,scripted,me", "different humans"), ("sweet_crowd:One,nowhere:X", "--human nowhere:X")])
+def test_several_humans_that_are_none(several, specs, words):
+    with pytest.raises(InputError, match=words):
+        several(specs)
+
+
+def test_one_of_several_humans_has_to_return_texts(several):
+    human = several("sweet_crowd:One,sweet_crowd:Short")
+    with pytest.raises(InputError, match=r"Short.reply\(\) should return a list of"):
+        human.reply([TASK] * 60, [dialogue(f"{i}?") for i in range(60)])
+
+
+def test_rollouts_with_several_humans_go_on_after_a_stop(several, material, tmp_path, monkeypatch):
+    """The file is the same, whatever the number of rows, also after a stop; every dialogue has one human."""
+    def run(folder, rows, specs="sweet_crowd:One,sweet_crowd:Two"):
+        program.main(["rollout", "--run", str(tmp_path / folder), "--model", material[0], "--tasks", material[1],
+                      "--rollout-per-task", "2", "--rollout-max-tokens", "4", "--rollout-max-turns", "3", "--rows",
+                      str(rows), "--human", specs])
+        return (tmp_path / folder / "trajectories.jsonl").read_bytes()
+    whole = run("whole", 512)
+    assert run("rows", 5) == whole
+    calls, plain = [], DrawnHuman.reply
+
+    def stopped(*how):
+        calls.append(how)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return plain(*how)
+    monkeypatch.setattr(DrawnHuman, "reply", stopped)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run("stopped", 5)
+    assert (tmp_path / "stopped/trajectories.jsonl.partial").read_bytes().count(b"\n") == 5
+    assert run("stopped", 5) == whole
+    found = [json.loads(line) for line in whole.splitlines()]
+    who = [{message["content"].split()[0] for message in record["dialogue_history"][2::2]} for record in found]
+    assert {len(names) for names in who} == {1} and len(set.union(*who)) == 2
+    with pytest.raises(SystemExit, match="human = 'sweet_crowd:One,sweet_crowd:Two', now it is 'sweet_crowd:Two'"):
+        run("whole", 512, "sweet_crowd:Two")
+
+
+def test_a_prompt_is_for_those_who_read_one(several, tmp_path, monkeypatch):
+    (tmp_path / "words.txt").write_text("{solution} {conversation}")
+    flags = ["--human-prompt", str(tmp_path / "words.txt"), "--heldout-human", save_model(tmp_path / "m")]
+    options = program.parser().parse_args(["--run", str(tmp_path / "run"), *flags])
+    run = program.Run(options, program.settings_of(options))
+    assert isinstance(run.human(), ScriptedHuman) and run.human(held_out=True).role == "{solution} {conversation}"
+
+
+def test_settings_name_several_humans_by_content_and_model(tmp_path):
+    (tmp_path / "a.gguf").write_text("a model")
+
+    def named(specs):
+        options = program.parser().parse_args(["--run", str(tmp_path), "--human", specs, "--human-model", "q"])
+        return flat(program.settings_of(options))["human"]
+    found = named(f"http://x:1/v1,{tmp_path / 'a.gguf'},mine:A")
+    assert found.startswith("server: q,a.gguf (sha256 ") and found.endswith("),mine:A")
+    assert named(f"http://y:2/v1,{tmp_path / 'a.gguf'},mine:A") == found
+    assert (named("scripted"), named("http://x:1")) == ("scripted", "server: q")
 
 
 # ------------------------------------------------------------------ other people's prompts

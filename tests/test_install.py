@@ -316,6 +316,14 @@ def test_adapters_without_peft(tmp_path, stub):
     assert str(tmp_path / "adapters") in line and pin("peft") in line
 
 
+def test_a_gguf_file_without_gguf(tmp_path, stub):
+    stub("gguf", None)
+    for flags in (("--model", "m.gguf"), ("--human", "m.gguf"), ("--human", "scripted,m.gguf")):
+        line = refused(tmp_path / "run", "--smoke", *flags)
+        assert "m.gguf: needs gguf, which is not installed" in line
+        assert line.endswith(f"pip install {pin('transformers')} {pin('accelerate')} {pin('gguf')}")
+
+
 def test_what_a_finished_run_needs(tmp_path):
     """Nothing but its files: not its server, not its GPU."""
     def todo(stage, *args):

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import report
 import sweet as program
-from worlds import World
 from machinery.files import InputError
+from machinery.server import Server
+from simulator import SpokenHuman
+from worlds import World, find_world
 
 pytestmark = pytest.mark.slow
 
@@ -314,3 +317,51 @@ def test_a_human_who_leaves_in_an_evaluation_can_come_back(finished, tmp_path, m
     assert (run / left).exists()
     if whole:
         assert [json.loads(line) for line in (run / left).read_text().splitlines()] == whole
+
+
+OTHERS = """
+class Other:
+    def reply(self, tasks, dialogues):
+        return ["Whatever you like best."] * len(tasks)
+"""
+
+
+def humans_said(file):
+    """The replies in some dialogues."""
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    return {message["content"] for record in records for message in record["dialogue_history"][2::2]}
+
+
+def test_another_human_evaluates(finished, tmp_path, monkeypatch, capsys):
+    """It replies in eval, and in no other dialogue; tables say so, and the run knows it."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (tmp_path / "sweet_others.py").write_text(OTHERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (run / "eval.jsonl").unlink()
+    (run / "credit.json").unlink()
+    with pytest.raises(SystemExit, match="--heldout-human: --human sweet_others:Nobody"):
+        program.main(["eval", "--run", str(run), *TINY, "--heldout-human", "sweet_others:Nobody"])
+    program.main(["eval", "--run", str(run), *TINY, "--heldout-human", "sweet_others:Other"])
+    assert humans_said(run / "eval.jsonl") == {"Whatever you like best."}
+    program.main(["credit", "--run", str(run), *TINY])
+    assert (run / "credit.jsonl").read_bytes() == (finished / "credit.jsonl").read_bytes()
+    capsys.readouterr()
+    program.main(["report", "--run", str(run)])
+    line = "The human in these dialogues: sweet_others:Other, in the offline dialogues: scripted."
+    assert line in capsys.readouterr().out and line in (run / "report.html").read_text()
+    assert "The human" not in report.results_table([finished], find_world("backend"))
+    with pytest.raises(SystemExit, match="heldout_human = 'sweet_others:Other', now it is None"):
+        program.main(["eval", "--run", str(run), *TINY, "--heldout-human", ""])
+
+
+def test_credit_counts_the_replies_that_show_code(finished, tmp_path, monkeypatch, capsys):
+    class Model(SpokenHuman):
+        def complete(self, tasks, conversations):
+            return ["As you like."] * len(tasks)
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "credit.json").unlink()
+    monkeypatch.setattr(World, "human", lambda *how: Model(Server()))
+    program.main(["credit", "--run", str(run), *TINY])
+    assert re.search(r"showed code of the reference: 0 of [1-9]\d* \(0 after", capsys.readouterr().err)

@@ -266,6 +266,113 @@ def test_models_that_cannot_talk(tmp_path):
         load_model(tmp_path / "base", Machine(dtype="float8"))
 
 
+def save_gguf(folder, path):
+    """A model that `save_model` saved as the GGUF file that llama.cpp's converter makes of it, in float32."""
+    from gguf import GGUFWriter
+    model, tokenizer = load_model(folder)
+    config, writer = model.config, GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(len(tokenizer))
+    writer.add_tokenizer_model("gpt2")
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if i in tokenizer.added_tokens_decoder else 1 for i in range(len(tokens))])
+    writer.add_token_scores([0.0] * len(tokens))  # no merges are to be found
+    writer.add_eos_token_id(tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    writer.add_chat_template(tokenizer.chat_template)
+    names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+             "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "model.layers": "blk",
+             "model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+    for name, weight in model.state_dict().items():
+        if "q_proj" in name or "k_proj" in name:  # llama.cpp turns neighbouring dimensions, not those of two halves
+            weight = weight.view(-1, 2, config.head_dim // 2, config.hidden_size).transpose(1, 2).reshape(weight.shape)
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        if name != "lm_head.weight":
+            writer.add_tensor(name, weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def packed(agent, tmp_path_factory):
+    pytest.importorskip("gguf", reason="needs pip install gguf")
+    return save_gguf(agent, tmp_path_factory.mktemp("gguf") / "agent.gguf")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gguf_file_is_a_model_and_what_is_saved_of_it_a_plain_directory(agent, packed, tmp_path, dtype):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    machine = Machine(dtype=dtype)
+    model, tokenizer = load_model(packed, machine)
+    plain, same = load_model(agent, machine)
+    views = views_of(same)
+    assert views_of(tokenizer) == views and tokenizer.chat_template == same.chat_template
+    assert reference_sums(model, views) == reference_sums(plain, views)
+    fit(model, views, likelihood, tmp_path / "out", Config(lr=1e-2), 0, save_to(model, tokenizer))
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert "quantization" not in (tmp_path / "out/config.json").read_text() and opened.dtype == getattr(torch, dtype)
+    assert reference_sums(opened, views) == reference_sums(model, views) != reference_sums(plain, views)
+    assert views_of(AutoTokenizer.from_pretrained(tmp_path / "out")) == views
+
+
+def test_adapters_on_a_gguf_file(packed, tmp_path):
+    """They come back on it, and learn on."""
+    needs_peft()
+    model, tokenizer, _ = trained(packed, tmp_path / "first", Config(lr=1e-2), Machine(lora=4))
+    views = views_of(tokenizer)
+    assert reference_sums(load_model(tmp_path / "first")[0], views) == reference_sums(model, views)
+    again, _, log = trained(tmp_path / "first", tmp_path / "second", Config(lr=1e-2, epochs=3), Machine(lora=4))
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert reference_sums(load_model(tmp_path / "second")[0], views) == reference_sums(again, views)
+    (tmp_path / "first/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(InputError, match="first: its adapter_config.json names no model"):
+        load_model(tmp_path / "first")
+
+
+def test_agent_and_human_from_gguf_files(packed, tmp_path):
+    """A run knows such a file by its content."""
+    import sweet as program
+    tasks = write_jsonl(tmp_path / "tasks.jsonl", [GOOD["task"]])
+    copy = shutil.copy(packed, tmp_path / "agent.gguf")
+
+    def run(path):
+        program.main(["rollout", "--run", str(tmp_path / "run"), "--tasks", str(tasks), "--rollout-per-task", "2",
+                      "--rollout-max-turns", "2", "--rollout-max-tokens", "4", "--human-max-tokens", "4", "--model",
+                      str(path), "--human", str(path)])
+    run(packed)
+    history = json.loads((tmp_path / "run/trajectories.jsonl").read_text().splitlines()[0])["dialogue_history"]
+    assert len(history) == 4 and history[2]["content"]
+    run(copy)
+    with open(copy, "ab") as file:
+        file.write(b"0")
+    with pytest.raises(SystemExit, match=r"agent.gguf \(sha256"):
+        run(copy)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "short", "half", "text", "folder"])
+def test_a_gguf_file_that_is_none(packed, tmp_path, kind):
+    path, whole = tmp_path / "m.gguf", Path(packed).read_bytes()
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes({"empty": b"", "short": whole[:20], "half": whole[:len(whole) // 2], "text": b"{}" * 99}[kind])
+    with pytest.raises(InputError, match="m.gguf: cannot be loaded") as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_tokenizer_without_pad_or_eos_says_what_stands_in(tmp_path, capsys):
     _, tokenizer = load_model(save_model(tmp_path / "bare", eos=None, pad=None))
     assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"

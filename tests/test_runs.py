@@ -434,6 +434,7 @@ CHANGES = [  # a flag, the first stage whose files depend on it, and the stages 
     (["--eval-top-p", "0.5"], "eval", ["actor", "credit"]),
     (["--candidates-n", "9"], "samples", ["critic", "rft"]),
     (["--credit-states", "9"], "credit", ["eval"]),
+    (["--heldout-human", "mine:Terse"], "eval", ["rollout", "actor", "credit"]),
     (["--base-lr", "0.5"], "base", []),
     (["--rows", "9", "--micro-batch", "1", "--threads", "1", "--human-timeout", "9"], None, list(program.STAGES)),
 ]
