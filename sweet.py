@@ -62,6 +62,7 @@ from machinery.seeds import run_chains
 from machinery.server import Server
 from machinery.settings import Record, check_tasks_given, flat, no_held_out
 from machinery.start import check_start, machine_here, stages_to_do
+from machinery.speed import Speed
 from machinery.train import Given, Machine, arg, check_finite, check_views, load_model, save_to
 from simulator import tell_leaks
 from studies import best_of_n, credit, study
@@ -136,6 +137,7 @@ class Run:
         self.tunes = bool(self.given.model and documents)
         if not self.given.model and documents == 0:
             raise InputError("--base-documents 0: without --model, base/ is made of documents")
+        self.speed = Speed(self.machine)
         self.critic = find_critic(settings["critic"].kind)
         for further in settings["table"].further:
             find_critic(further, "--table-critics")
@@ -175,7 +177,7 @@ class Run:
 
     @property
     def rules(self):
-        return {"grade": self.grade, "instructions": self.instructions}
+        return {"grade": self.grade, "instructions": self.instructions, "count": self.speed.wrote}
 
     def path(self, name):
         """A file of the run. What depends on the critic lies in a folder of its own where --critic names another."""
@@ -203,7 +205,8 @@ class Run:
 
     def model(self, name, train=False):
         path = self.initial if name == "base" and self.initial else self.path(name)
-        return load_model(path, self.machine, train, self.seed)
+        model, tokenizer = load_model(path, self.machine, train, self.seed)
+        return self.speed.watch(model), tokenizer
 
     def human(self):
         return self.world.human(self.given.human, self.settings["human"], self.machine, self.seed)
@@ -263,6 +266,7 @@ def stage_base(run):
     else:
         model, tokenizer = run.world.new_model(cfg, run.seed)
         documents = run.world.documents(cfg.documents, run.seed)
+    run.speed.watch(model)
     views = [render(tokenizer, messages, reference) for messages, reference in documents]
     check_views(model, views, ["a dialogue of the demonstrator"] * len(views))
     longest = max(max(Counter(filter(None, turn_ids)).values()) for _, turn_ids in views)
@@ -326,7 +330,7 @@ def stage_samples(run):
         keys = [(run.seed, "samples", number) for number in numbers]
         if not run.given.candidates:
             max_tokens = run.settings["rollout"].max_tokens
-            actor.sample_candidates(model, tokenizer, part, keys, cfg.n, max_tokens)
+            actor.sample_candidates(model, tokenizer, part, keys, cfg.n, max_tokens, run.speed.wrote)
         critic.score_reference(model, tokenizer, part)
         return part
     size = max(1, run.machine.rows // 8)
@@ -501,8 +505,9 @@ def run_stage(run, name):
     start, run.options.running = time.monotonic(), name
     stage.work(run)
     run.options.running = ""
+    seconds = time.monotonic() - start
     if name != "report":
-        remember(output.parent, name, time.monotonic() - start)
+        remember(output.parent, name, seconds, run.speed.end(seconds))
 
 
 # ------------------------------------------------------------------ tables and studies

@@ -9,6 +9,7 @@ import critic
 from env import grade, render
 from machinery import train
 from machinery.files import InputError, read_jsonl, write_lines
+from machinery.speed import Speed
 from simulator import Human
 from studies import best_of_n
 from worlds import backend
@@ -40,6 +41,7 @@ def run_in(folder, model, tokenizer, tasks, kind="sum", seed=4):
     settings = {"rollout": actor.Rollout(max_turns=3, max_tokens=9), "critic": critic.Critic(kind=kind)}
     return SimpleNamespace(
         root=folder, path=lambda name: folder / name, model=lambda name: (model, tokenizer), world=world, seed=seed,
+        speed=Speed(train.Machine()),
         instructions=world.INSTRUCTIONS,
         settings=settings, critic=Sum(), held_out=lambda: tasks, machine=train.Machine(rows=40), grade=grade,
         human=lambda: world.human("scripted", None, None, seed), record=SimpleNamespace(values={"clip": None}))

@@ -31,7 +31,7 @@ class Base:
     """Hyper-parameters of the base policy."""
     documents: int = arg(16000, least=0)
     """Dialogues of the demonstrator to imitate. Named beside --model: it is fine-tuned on so many that show no
-    reference, with a --base-lr of about 2e-4 and one epoch; 0, or not named: it is taken as it is."""
+    reference (a learning rate of 2e-4 and one epoch will do); 0, or not named: it is taken as it is."""
     epochs: int = 2
     """Passes over them."""
     batch_size: int = 24
