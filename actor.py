@@ -131,8 +131,8 @@ def turn_text(tokenizer, output_ids):
 
 def play_out(model, tokenizer, envs, human, keys, **decoding):
     """Play dialogues to their end, all in lock-step. envs: DialogueEnv in any state; keys: a seed for each; decoding:
-    temperature, top_p, max_tokens and count of `sample`. Where the human leaves (replies None), the dialogue stays without an
-    answer.
+    temperature, top_p, max_tokens and count of `sample`. Where the human leaves (replies None), the dialogue stays
+    without an answer.
 
     Every agent turn keeps its `output_ids`, so that log-probs are of the tokens that were sampled, and, as in
     ColBench's format, `input` and `output` (the text that the model read and wrote).

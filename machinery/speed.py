@@ -45,8 +45,8 @@ class Speed:
         return model
 
     def end(self, seconds):
-        """The stage has ended: {"written", "read", "learned": tokens a second, "share": of the peak}, without what is 0;
-        {} where no model did anything."""
+        """The stage has ended: {"written", "read", "learned": tokens a second, "share": of the peak}, without what is
+        0; {} where no model did anything."""
         for hook in self.hooks:
             hook.remove()
         rates = {name: getattr(self, name) / seconds for name in ("written", "read", "learned")}
