@@ -132,8 +132,8 @@ def turn_text(tokenizer, output_ids):
 
 def play_out(model, tokenizer, envs, human, keys, **decoding):
     """Play dialogues to their end, all in lock-step. envs: DialogueEnv in any state; keys: a seed for each; decoding:
-    temperature, top_p and max_tokens of `sample`. Where the human leaves (replies None), the dialogue stays without an
-    answer.
+    temperature, top_p, max_tokens and count of `sample`. Where the human leaves (replies None), the dialogue stays
+    without an answer.
 
     Every agent turn keeps its `output_ids`, so that log-probs are of the tokens that were sampled, and, as in
     ColBench's format, `input` and `output` (the text that the model read and wrote).
@@ -242,15 +242,15 @@ def bare(messages):
     return kept
 
 
-def sample_candidates(model, tokenizer, states, keys, n, max_tokens):
+def sample_candidates(model, tokenizer, states, keys, n, max_tokens, count=None):
     """Add to each state {"task", "messages"} its "candidates", [{"content", "output_ids", "count"}]: the different
-    ones among n sampled turns."""
+    ones among n sampled turns. count: as `sample` has it."""
     prompts, row_keys = [], []
     for state, key in zip(states, keys):
         prompt, _ = render(tokenizer, state["messages"])
         prompts += [prompt] * n
         row_keys += [(*key, k) for k in range(n)]
-    turns = sample(model, tokenizer, prompts, row_keys, max_tokens=max_tokens)
+    turns = sample(model, tokenizer, prompts, row_keys, max_tokens=max_tokens, count=count)
     for i, state in enumerate(states):
         state["candidates"] = distinct(tokenizer, turns[i * n:(i + 1) * n])
 

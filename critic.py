@@ -14,8 +14,9 @@ turns deserve it:
 
 Place in the data flow: trajectories.jsonl -> `trajectory_pairs` -> `train` -> critic/; samples.jsonl -> `rank` ->
 candidates.jsonl. Exercised by `python sweet.py critic` and `python -m pytest tests/test_losses.py`. Differences from
-the paper: none in the formulas; like the paper, training adds a small term of imitation (nll). `BradleyTerry` is the paper's critic; its ablations (no c, sum instead of mean), the
-official code's ways and critics of other kinds are in studies/critics.py, one `--critic NAME` each.
+the paper: none in the formulas; as there, training adds a term of imitation (nll). `BradleyTerry` is the paper's critic;
+its ablations (no c, sum instead of mean), the official code's ways and critics of other kinds are in studies/critics.py,
+one `--critic NAME` each.
 
 Shapes: B trajectories, K turns.
 """
@@ -231,8 +232,8 @@ def rank(model, tokenizer, states, reference=True, normalize="turn", rank_agains
     """Add `advantage` (Eq. 3) to every candidate turn of every state; the last three as `BradleyTerry` has them.
 
     states: {"task", "messages", "candidates": [{"output_ids", "ref_sum", "ref_sum_without_c"}]}. Views and
-    sums come from the functions that training used. A single turn has no trajectory to take a mean over: normalize "trajectory"
-    ranks by the turn's mean.
+    sums come from the functions that training used. A single turn has no trajectory to take a mean over: normalize
+    "trajectory" ranks by the turn's mean.
     """
     against_c = reference and rank_against == "c"
     ref_key = "ref_sum" if against_c else "ref_sum_without_c"

@@ -347,7 +347,8 @@ class RunFolder:
 
     def model(self, name):
         """The initial policy ("base"; perhaps the user's own) or the critic, in the run's number format."""
-        given = self.settings.get("model") if name == "base" else None
+        tuned = self.settings.get("base.documents")
+        given = self.settings.get("model") if name == "base" and not tuned else None
         kept = {
             key: self.settings[key] for key in ("dtype", "attention") if key in self.settings
         }

@@ -10,7 +10,7 @@ Stages hand each other files under runs/NAME/, never hidden state. One that is d
 skipped, one that was killed goes on where it was. A run remembers its flags; where new
 ones contradict what is there, they are refused.
 
-    base        base/               the initial policy of the small world
+    base        base/               the initial policy of the small world (or --model, fine-tuned)
     rollout     trajectories.jsonl  offline dialogues by the initial policy, with rewards
     critic      critic/             Bradley-Terry on whole trajectories, given c  (Eq. 2, 3)
     samples     samples.jsonl       candidate turns at states of the offline dialogues
@@ -31,6 +31,7 @@ import os
 import random
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -61,6 +62,7 @@ from machinery.seeds import run_chains
 from machinery.server import Server
 from machinery.settings import Record, check_tasks_given, flat, no_held_out
 from machinery.start import check_start, machine_here, stages_to_do
+from machinery.speed import Speed
 from machinery.train import Given, Machine, arg, check_finite, check_views, load_model, save_to
 from simulator import make_humans, reads_prompt, tell_leaks
 from studies import best_of_n, credit, study
@@ -131,6 +133,11 @@ class Run:
         self.given = settings["given"]
         self.machine = settings["machine"]
         self.world = find_world(options.task)
+        documents = getattr(options, "base.documents")
+        self.tunes = bool(self.given.model and documents)
+        if not self.given.model and documents == 0:
+            raise InputError("--base-documents 0: without --model, base/ is made of documents")
+        self.speed = Speed(self.machine)
         self.critic = find_critic(settings["critic"].kind)
         for further in settings["table"].further:
             find_critic(further, "--table-critics")
@@ -150,8 +157,17 @@ class Run:
             self.stages[name] = dataclasses.replace(stage, after=after)
         values = flat(settings, task=options.task, seed=self.seed)
         defaults = flat(plain, task=options.task, seed=self.seed)
+        if self.given.model and documents is not None:
+            defaults["base.documents"] = 0  # of a run whose --model was taken as it is
+            more = {"given": "", "own": ("model", *TRAINED)} if self.tunes else {"own": ("model", "base.documents")}
+            self.stages["base"] = dataclasses.replace(self.stages["base"], **more)
         self.redo = to_redo(self)
         self.record = Record(self.stages, values, defaults, self.outputs, self.redo)
+
+    @property
+    def initial(self):
+        """The user's model, where it is the initial policy as it is; "" where the stage base makes one."""
+        return "" if self.tunes else self.given.model
 
     @functools.cached_property
     def instructions(self):
@@ -161,7 +177,7 @@ class Run:
 
     @property
     def rules(self):
-        return {"grade": self.grade, "instructions": self.instructions}
+        return {"grade": self.grade, "instructions": self.instructions, "count": self.speed.wrote}
 
     def path(self, name):
         """A file of the run. What depends on the critic lies in a folder of its own where --critic names another."""
@@ -176,7 +192,7 @@ class Run:
         """Where a stage leaves its files: in this run, and with other critics, if that is elsewhere. Nowhere if they
         are given."""
         name = STAGES[stage].output
-        if stage == "base" and self.given.model or stage == "rollout" and self.given.trajectories:
+        if stage == "base" and self.initial or stage == "rollout" and self.given.trajectories:
             return []
         if not self.is_variant(name):
             return [self.path(name)]
@@ -188,10 +204,9 @@ class Run:
         self.record.claim(stage)
 
     def model(self, name, train=False):
-        path = self.path(name)
-        if name == "base" and self.given.model:
-            path = self.given.model
-        return load_model(path, self.machine, train, self.seed)
+        path = self.initial if name == "base" and self.initial else self.path(name)
+        model, tokenizer = load_model(path, self.machine, train, self.seed)
+        return self.speed.watch(model), tokenizer
 
     def human(self, held_out=False):
         """Who replies in offline dialogues, or in held-out ones."""
@@ -256,10 +271,19 @@ class Run:
 
 def stage_base(run):
     cfg = run.settings["base"]
-    model, tokenizer = run.world.new_model(cfg, run.seed)
-    documents = run.world.documents(cfg.documents, run.seed)
+    if run.tunes:
+        model, tokenizer = load_model(run.given.model, run.machine, True, run.seed)
+        documents = run.world.documents_without_c(cfg.documents, run.seed)
+    else:
+        model, tokenizer = run.world.new_model(cfg, run.seed)
+        documents = run.world.documents(cfg.documents, run.seed)
+    run.speed.watch(model)
     views = [render(tokenizer, messages, reference) for messages, reference in documents]
     check_views(model, views, ["a dialogue of the demonstrator"] * len(views))
+    longest = max(max(Counter(filter(None, turn_ids)).values()) for _, turn_ids in views)
+    if longest > run.settings["rollout"].max_tokens:
+        note(f"sweet: note: the demonstrator's turns have up to {longest} tokens: --rollout-max-tokens "
+             f"{run.settings['rollout'].max_tokens} cuts such turns off")
     actor.train_imitation(model, views, run.path("base"), cfg, run.seed, label="base",
                           **run.learning(model, tokenizer))
 
@@ -317,7 +341,7 @@ def stage_samples(run):
         keys = [(run.seed, "samples", number) for number in numbers]
         if not run.given.candidates:
             max_tokens = run.settings["rollout"].max_tokens
-            actor.sample_candidates(model, tokenizer, part, keys, cfg.n, max_tokens)
+            actor.sample_candidates(model, tokenizer, part, keys, cfg.n, max_tokens, run.speed.wrote)
         critic.score_reference(model, tokenizer, part)
         return part
     size = max(1, run.machine.rows // 8)
@@ -493,8 +517,9 @@ def run_stage(run, name):
     start, run.options.running = time.monotonic(), name
     stage.work(run)
     run.options.running = ""
+    seconds = time.monotonic() - start
     if name != "report":
-        remember(output.parent, name, time.monotonic() - start)
+        remember(output.parent, name, seconds, run.speed.end(seconds))
 
 
 # ------------------------------------------------------------------ tables and studies

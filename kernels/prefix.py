@@ -421,6 +421,7 @@ def common_prefixes(prompts, groups):
     return [shared[group] for group in groups]
 
 
+@torch.no_grad()
 def branches(model, prompts, several_turns=False, prefixes=None):
     """The place where turns grow after prompts (tuples of token ids): `begin_turn` reads the prompts, `step` takes the
     next token of the live branches, and both return the logits of what follows. several_turns: further turns will

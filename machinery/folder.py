@@ -20,6 +20,7 @@ from machinery.bars import note
 from machinery.files import InputError, read_json, split_specs, write_json
 from machinery.process import KEPT, LOCK, holder, one_line
 from machinery.settings import dependencies, leftovers
+from machinery.speed import in_words as speed_in_words
 from machinery.train import Given
 
 FILE = "settings.json"
@@ -191,11 +192,17 @@ def place(run, name):
     return f"sweet: {done + 1} of {len(todo)}, {name}{time}"
 
 
+def of_stages(root, file):
+    """{stage: what a file of this name says of it}, those of further critics, too."""
+    found = peek(root / file)
+    for kind, folder in further_critics(root).items():
+        found |= {f"{name} ({kind})": value for name, value in peek(folder / file).items()}
+    return found
+
+
 def spent(root):
     """Where the time went."""
-    seconds = peek(root / "seconds.json")
-    for kind, folder in further_critics(root).items():
-        seconds |= {f"{name} ({kind})": value for name, value in peek(folder / "seconds.json").items()}
+    seconds = of_stages(root, "seconds.json")
     rows = ", ".join(f"{name} {in_words(value)}" for name, value in seconds.items())
     return f"time: {rows}; {in_words(sum(seconds.values()))} in all" if seconds else "time: nothing was made yet"
 
@@ -203,6 +210,8 @@ def spent(root):
 def closing(run):
     """What the end of a run says beside its table."""
     lines = [spent(run.root)]
+    speeds = of_stages(run.root, "speed.json")
+    lines += [f"  {name}: {speed_in_words(speed)}" for name, speed in speeds.items() if speed]
     missing = []
     for name in run.record.needs("report"):
         if run.outputs(name) and not run.outputs(name)[0].exists():
@@ -223,17 +232,18 @@ def size_of(path):
 
 
 def state(run, name):
-    """(state, time, size, file) of a stage, in words."""
+    """(state, time, size, file, speed) of a stage, in words."""
     if not run.outputs(name):
-        return "given", "", "", getattr(run.options, run.stages[name].given)
+        return "given", "", "", getattr(run.options, run.stages[name].given), ""
     output = run.outputs(name)[0]
     if output.exists():
         seconds = peek(output.parent / "seconds.json").get(name)
-        return "done", "" if seconds is None else in_words(seconds), size_of(output), output
+        speed = speed_in_words(peek(output.parent / "speed.json").get(name))
+        return "done", "" if seconds is None else in_words(seconds), size_of(output), output, speed
     begun = leftovers(output)
     if begun:
-        return "begun", "", "", ", ".join(map(str, begun))
-    return "to do", "", "", ""
+        return "begun", "", "", ", ".join(map(str, begun)), ""
+    return "to do", "", "", "", ""
 
 
 def show_status(root, open_run):
@@ -253,7 +263,7 @@ def status(run, title):
     flags = [f"{flag} {value}" for flag, value in flags_given(run.options).items() if value is not False]
     print(f"{title}: {', '.join(flags)}")
     for name, row in found.items():
-        print("  {:10}  {:5}  {:>6}  {:>9}  {}".format(name, *row))
+        print("  {:10}  {:5}  {:>6}  {:>9}  {}  {}".format(name, *row).rstrip())
     left = [name for name in names if found[name][0] in ("begun", "to do")]
     busy = holder(run.root)
     if busy:

@@ -17,9 +17,11 @@ from machinery.files import read_json, write_json
 PACKAGES = ("torch", "transformers", "numpy")
 
 
-def remember(folder, stage, seconds):
-    """Write down in seconds.json and made.json of a folder how long a stage took, and what made it."""
-    for name, value in (("seconds.json", round(seconds, 1)), ("made.json", provenance())):
+def remember(folder, stage, seconds, speed):
+    """Write down in seconds.json, speed.json and made.json of a folder how long a stage took, how fast it was
+    (machinery/speed.py), and what made it."""
+    values = {"seconds.json": round(seconds, 1), "speed.json": speed, "made.json": provenance()}
+    for name, value in values.items():
         write_json(folder / name, {**read_json(folder / name, {}), stage: value})
 
 

@@ -55,14 +55,14 @@ def pick(logits_BV, noise_B, temperature=1.0, top_p=1.0):
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_tokens=64,
-           memory=None, places=None, stop=None):
+           memory=None, places=None, stop=None, count=None):
     """One turn for each prompt (a list of token ids): lists of token ids that end with the end-of-turn token, or,
     when the turn was cut off at max_tokens or at a control token that has no place in a turn, without it.
 
     Ids that are no token of the tokenizer's (of a vocabulary padded to a multiple) have probability 0. keys: what each
     row's randomness is seeded with, any value with a repr. memory, places: `branches` that remember the turns before
     this one, and the branch that each prompt goes on with. stop: the ids of the control tokens at which a turn is cut
-    off, where they are others.
+    off, where they are others. count: a function that is told how many tokens were sampled.
     """
     check_context(model, max(map(len, prompts)) + max_tokens, "a dialogue with its next turn")
     device, end = model.device, end_of_turn(tokenizer)
@@ -92,4 +92,6 @@ def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_t
             break
         active = active[goes_on_B]
         logits_BV = memory.step(branch_B[active], token_B[goes_on_B])
+    if count:
+        count(sum(map(len, turns)))
     return turns

@@ -13,7 +13,7 @@ import torch
 
 from machinery.files import InputError, note
 from machinery.optional import first_line, load
-from machinery.train import check_adapters
+from machinery.train import check_adapters, load_model
 
 DIALOGUES = {"rollout", "eval", "credit", "best-of-n"}  # the stages that talk with the human and grade
 HELD_OUT = {"eval", "best-of-n"}  # of these, those that talk with --heldout-human
@@ -31,7 +31,7 @@ def stages_to_do(run, stages, stage):
     names, found = ["report" if whole else stage], set()
     while names:
         name = names.pop()
-        given = {"base": run.given.model, "rollout": run.given.trajectories}.get(name)
+        given = {"base": run.initial, "rollout": run.given.trajectories}.get(name)
         made = os.path.exists(run.path(stages[name].output)) and name not in run.record.redo
         if not given and not made:
             found.add(name)
@@ -56,8 +56,8 @@ def check_start(run, stage, todo):
     if stage not in ("table", "play", "report") and not stage.startswith("study "):
         for name in [*sorted(todo), "report" if stage == "all" else stage]:
             run.record.check(name)  # where files were made with other settings, that is what to say
-    if todo and run.given.model:
-        run.model("base", train=True)
+    if todo and run.given.model and (run.initial or "base" in todo):
+        load_model(run.given.model, run.machine, True, run.seed)
     for held_out in {name in HELD_OUT and bool(run.given.heldout_human) for name in todo & DIALOGUES}:
         run.human(held_out)
 

@@ -48,7 +48,8 @@ class BestOfN:
             prompts += [prompt] * n
             keys.append((key, env.turns))  # as actor.play_out names it
             keys += [(key, env.turns, k) for k in range(1, n)]
-        turns = iter(actor.sample(self.model, self.tokenizer, prompts, keys, max_tokens=self.max_tokens))
+        turns = iter(actor.sample(self.model, self.tokenizer, prompts, keys, max_tokens=self.max_tokens,
+                                  count=self.run.speed.wrote))
         states = []
         for env, n, _ in seats:
             found = actor.distinct(self.tokenizer, list(itertools.islice(turns, n)))

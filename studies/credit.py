@@ -51,10 +51,11 @@ def check(run):
         messages = actor.bare(trajectory["dialogue_history"][:turn])
         states.append({"task": trajectory["task"], "messages": messages})
     keys = [(run.seed, "credit candidates", i) for i in range(len(states))]
-    actor.sample_candidates(model, tokenizer, states, keys, run.settings["candidates"].n, play.max_tokens)
+    actor.sample_candidates(model, tokenizer, states, keys, run.settings["candidates"].n, play.max_tokens,
+                            run.speed.wrote)
     critic.score_reference(model, tokenizer, states)
     valued = states[:cfg.monte_carlo_states]
-    play_on(model, tokenizer, valued, human, cfg.monte_carlo_rollouts, play, run.seed, run.grade)
+    play_on(model, tokenizer, valued, human, cfg.monte_carlo_rollouts, play, run.seed, run.grade, run.speed.wrote)
     run.critic.score(run, states, run.settings["critic"])
     label(states, run.world.judge, run.grade)
     write_lines(run.path("credit.jsonl"), states)
@@ -64,7 +65,7 @@ def check(run):
     tell_leaks(human)
 
 
-def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade):
+def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade, count=None):
     """Value every candidate by Monte Carlo: add "returns", the rewards of n dialogues that the policy plays on from
     it."""
     envs, keys = [], []
@@ -80,7 +81,8 @@ def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade):
                 keys.append((seed, "play on", s, c, k))
     for start in progress(range(0, len(envs), 512), "played on"):
         part = slice(start, start + 512)
-        actor.play_out(model, tokenizer, envs[part], human, keys[part], max_tokens=cfg.max_tokens)
+        actor.play_out(model, tokenizer, envs[part], human, keys[part], max_tokens=cfg.max_tokens,
+                       count=count)
     if any(env.answer is None for env in envs):
         raise InputError("the human left; the same command starts this stage again")
     rewards = actor.graded(envs, grade)

@@ -105,8 +105,9 @@ def sized(run, seed, share, first):
     }
     words = ["eval", *of_seed(run, seed, name_of(share))]  # without the stage credit, which takes as long as an actor
     words += [f"{flag}={max(2, round(n * share))}" for flag, n in whole.items() if n]
-    if share != first and not run.given.model:
-        words.append(f"--model={run.root / f'seed{seed}{name_of(first)}' / 'base'}")
+    if share != first and not run.initial:
+        base = run.root / f"seed{seed}{name_of(first)}/base"
+        words += [f"--model={base}", "--base-documents=0"]
     return words
 
 
@@ -134,7 +135,8 @@ def chain_of(run, name, seed):
         words = ["eval", *of_seed(run, seed, round_name(number))]
         if number > 1:
             before = run.root / f"seed{seed}{round_name(number - 1)}"
-            words += [f"--model={before / 'actor'}", f"--rollout-seed={1000 * (number - 1) + seed + 1}"]
+            words += [f"--model={before / 'actor'}", "--base-documents=0",
+                      f"--rollout-seed={1000 * (number - 1) + seed + 1}"]
         found[f"{title}, round {number}"] = words
     return found
 

@@ -10,6 +10,7 @@ from env import grade, render
 from machinery import train
 from machinery.files import InputError, read_jsonl, write_lines
 from machinery.server import Server
+from machinery.speed import Speed
 from simulator import Human, SpokenHuman
 from studies import best_of_n
 from worlds import backend
@@ -41,6 +42,7 @@ def run_in(folder, model, tokenizer, tasks, kind="sum", seed=4):
     settings = {"rollout": actor.Rollout(max_turns=3, max_tokens=9), "critic": critic.Critic(kind=kind)}
     return SimpleNamespace(
         root=folder, path=lambda name: folder / name, model=lambda name: (model, tokenizer), world=world, seed=seed,
+        speed=Speed(train.Machine()),
         instructions=world.INSTRUCTIONS,
         settings=settings, critic=Sum(), held_out=lambda: tasks, machine=train.Machine(rows=40), grade=grade,
         human=lambda held_out=False: world.human("scripted", None, None, seed) if held_out else None,

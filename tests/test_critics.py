@@ -260,7 +260,7 @@ def test_critics_lie_beside_each_other(tmp_path, monkeypatch, capsys):
     for kind in chosen:
         program.main(["--run", str(run), *SMALL, "--critic", kind])
         own = {"critic", "candidates.jsonl", "pairs.jsonl", "actor", "eval.jsonl", "credit.json", "credit.jsonl"}
-        kept = {"settings", "settings.json", "seconds.json", "made.json"}
+        kept = {"settings", "settings.json", "seconds.json", "speed.json", "made.json"}
         assert {path.name for path in folders[kind].iterdir()} == own | kept
         rows, first = ([json.loads(line) for line in (folder / "candidates.jsonl").open(encoding="utf-8")]
                        for folder in (folders[kind], run))

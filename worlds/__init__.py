@@ -88,7 +88,16 @@ class World:
     def documents(self, n, seed):
         """n dialogues of a demonstrator: a list of (messages, reference or None). Called by `base`, which imitates
         them; those with a reference teach the model to read one, which the critic needs."""
-        raise InputError("this world has no demonstrator: give a model, --model")
+        raise InputError("this world has no demonstrator: give a model, --model, without --base-documents")
+
+    def documents_without_c(self, n, seed):
+        """n of these dialogues that show no reference. Called by `base` where it begins with --model: what such a model
+        knows of references it brings along."""
+        found = [one for one in self.documents(4 * n + 16, seed) if one[1] is None]
+        if len(found) < n:
+            raise InputError(f"--base-documents {n}: nearly all of this world's documents show the reference; with "
+                             "--model, leave it out")
+        return found[:n]
 
     # ------------------------------------------------------------------ what the world knows of a turn
 

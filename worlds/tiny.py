@@ -4,6 +4,8 @@ Exercised by `python -m pytest tests/test_world.py`.
 """
 from dataclasses import dataclass
 
+from machinery.train import arg
+
 
 def make_tokenizer(texts):
     """Unigram over a world's phrases (fewest tokens win), with letters and bytes below them so that any text can be
@@ -27,14 +29,15 @@ def make_tokenizer(texts):
 @dataclass(frozen=True)
 class Base:
     """Hyper-parameters of the base policy."""
-    documents: int = 16000
-    """Dialogues of the demonstrator to imitate."""
+    documents: int = arg(16000, least=0)
+    """Dialogues of the demonstrator to imitate. Named beside --model: it is fine-tuned on so many that show no
+    reference (a learning rate of 2e-4 and one epoch will do); 0, or not named: it is taken as it is."""
     epochs: int = 2
     """Passes over them."""
     batch_size: int = 24
     """Dialogues a step."""
     lr: float = 6e-3
-    """Learning rate."""
+    """Learning rate; the default is for the tiny model, 2e-4 suits a pretrained one."""
     hidden: int = 64
     """Width of the model."""
     layers: int = 2
