@@ -6,7 +6,8 @@ module:Class` runs one beside the paper's: what depends on it lies in RUN/NAME/,
     without-c   the paper's ablation: the critic does not read the reference.
     sum         the paper's ablation: sums over a turn's tokens in the place of means.
     trajectory  the official code: one mean over all agent tokens of a trajectory.
-    own         the official code: ranks by log pi_theta(a|o,c) - log pi_ref(a|o), the paper's A plus the untrained A.
+    own         the official code: pi_ref does not read c when turns are ranked, A = 1/L [log pi_theta(a|o,c) -
+                log pi_ref(a|o)]. That is the paper's A plus the untrained A.
     untrained   A = 1/L [log pi_ref(a|o,c) - log pi_ref(a|o)]: no training at all. The initial model, told the solution,
                 against itself without it. What it can do, Eq. 2 has not taught.
     imitation   Eq. 3's ratio, of a model that imitates the better dialogue of each pair, given c: the likelihood term
@@ -148,6 +149,8 @@ class Headed(torch.nn.Module):
     def turns(self, batch):
         """For each turn of a batch (of `lay_out`): what the head says in front of it, on average over its tokens and at
         its last one: before_BK, mean_BK, after_BK, all 0 where a turn is absent, and lengths_BK."""
+        # of each agent token: its row (which may hold several examples), the position in front of it, and its turn's cell
+        # in a flat (B, K)
         inputs, (row_N, front_N), cell_N, shape = agent_positions(self.model, batch)
         hidden_RTD = self.model.base_model(**inputs).last_hidden_state
         score_RT = self.head(at_least_fp32(hidden_RTD)).squeeze(-1)
@@ -237,9 +240,9 @@ class Value(HeadCritic):
         before_BK, _, after_BK, lengths_BK = headed.turns(batch)
         rewards = [[reward] for _, reward in part]
         reward_BK = torch.tensor(rewards).to(before_BK).expand_as(before_BK)
-        total_BK = 0
-        for value_BK in (before_BK, after_BK):
-            total_BK += F.binary_cross_entropy_with_logits(value_BK, reward_BK, reduction="none") / 2
+        loss_before_BK = F.binary_cross_entropy_with_logits(before_BK, reward_BK, reduction="none")
+        loss_after_BK = F.binary_cross_entropy_with_logits(after_BK, reward_BK, reduction="none")
+        total_BK = (loss_before_BK + loss_after_BK) / 2
         spoken_BK = (lengths_BK > 0).to(total_BK)
         loss_B = (total_BK * spoken_BK).sum(-1) / spoken_BK.sum(-1)
         return loss_B.mean(), {}

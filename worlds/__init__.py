@@ -6,8 +6,8 @@ demonstrator that this model imitates. `--task backend`, `frontend` and `blind` 
 yourmodule:YourWorld` names yours, made by `YourWorld()`. What a world does not say has a default, which fits ColBench's
 backend: the answer is a Python function, and the reward is the share of its tests that pass.
 
-Exercised by `python -m pytest tests/test_worlds.py`, which runs a third world from start to end; docs/your-own.md shows
-that one.
+Exercised by `python -m pytest tests/test_worlds.py`, which runs a world of one's own from start to end; docs/your-own.md
+shows that one.
 
 A dialogue is a list of messages {"role": "user" or "assistant", "content"}; a record is an evaluated trajectory.
 """
@@ -48,8 +48,7 @@ class World:
 
     def make_tasks(self, n, seed, split):
         """n different tasks (env.Task) of a split, or all that there are: train, dev or test, disjoint whatever the
-        seed. Called by `rollout`,
-        `eval`, `credit` and `play` where --tasks and --heldout name no file."""
+        seed. Called by `rollout`, `eval`, `credit` and `play` where --tasks and --heldout name no file."""
         raise InputError("this world makes no tasks: give files of them, --tasks and --heldout")
 
     def respond(self, task, dialogue, rng):
@@ -63,8 +62,8 @@ class World:
         return make_human(spec, self.respond, seed, server, machine)
 
     def grader(self, clip, call_seconds):
-        """grade(answers, tasks) -> rewards in 0..1. Called once a run, with the values of --clip and
-        --rollout-call-seconds."""
+        """grade(answers, tasks) -> rewards in 0..1. Called once a run, with the values of --clip (a model
+        that compares pictures) and --rollout-call-seconds."""
         return env.Grader(call_seconds)
 
     def check_installed(self, clip):
@@ -101,12 +100,13 @@ class World:
 
     # ------------------------------------------------------------------ what the world knows of a turn
 
-    TURN = ("turn", "good", "bad")   # what a turn before the answer is called, a good one, a bad one
-    KNOWN = "What matters and is known"
+    TURN = ("turn", "good", "bad")   # what a turn before the answer is called, a good one, a bad one: ("question",...)
+    KNOWN = "What matters and is known"  # the title of the report's chart of `known_share`
 
     def judge(self, task, dialogue, action):
         """(kind, good) of a turn: kind is question, answer or other; good is True or False. Called for each candidate
-        at held-out states, to see whether the critic is right. Here an answer is good if it is the reference."""
+        at held-out states, to see whether the critic is right, and by `--critic oracle`, which ranks by it. Here an
+        answer is good if it is the reference."""
         if env.ANSWER_MARKER not in action:
             return "other", False
         answer = action.split(env.ANSWER_MARKER, 1)[1]
