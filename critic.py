@@ -14,9 +14,9 @@ turns deserve it:
 
 Place in the data flow: trajectories.jsonl -> `trajectory_pairs` -> `train` -> critic/; samples.jsonl -> `rank` ->
 candidates.jsonl. Exercised by `python sweet.py critic` and `python -m pytest tests/test_losses.py`. Differences from
-the paper: none in the formulas; as there, training adds a term of imitation (nll). `BradleyTerry` is the paper's critic;
-its ablations (no c, sum instead of mean), the official code's ways and critics of other kinds are in studies/critics.py,
-one `--critic NAME` each.
+the paper: none in the formulas; as there, training adds a term of imitation (nll). `BradleyTerry` is the paper's
+critic; its ablations (no c, sum instead of mean), the official code's ways and critics of other kinds are in
+studies/critics.py, one `--critic NAME` each.
 
 Shapes: B trajectories, K turns.
 """

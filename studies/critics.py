@@ -149,8 +149,8 @@ class Headed(torch.nn.Module):
     def turns(self, batch):
         """For each turn of a batch (of `lay_out`): what the head says in front of it, on average over its tokens and at
         its last one: before_BK, mean_BK, after_BK, all 0 where a turn is absent, and lengths_BK."""
-        # of each agent token: its row (which may hold several examples), the position in front of it, and its turn's cell
-        # in a flat (B, K)
+        # of each agent token: its row (which may hold several examples), the position in front of it, and its turn's
+        # cell in a flat (B, K)
         inputs, (row_N, front_N), cell_N, shape = agent_positions(self.model, batch)
         hidden_RTD = self.model.base_model(**inputs).last_hidden_state
         score_RT = self.head(at_least_fp32(hidden_RTD)).squeeze(-1)

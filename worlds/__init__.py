@@ -6,8 +6,8 @@ demonstrator that this model imitates. `--task backend`, `frontend` and `blind` 
 yourmodule:YourWorld` names yours, made by `YourWorld()`. What a world does not say has a default, which fits ColBench's
 backend: the answer is a Python function, and the reward is the share of its tests that pass.
 
-Exercised by `python -m pytest tests/test_worlds.py`, which runs a world of one's own from start to end; docs/your-own.md
-shows that one.
+Exercised by `python -m pytest tests/test_worlds.py`, which runs a world of one's own from start to end;
+docs/your-own.md shows that one.
 
 A dialogue is a list of messages {"role": "user" or "assistant", "content"}; a record is an evaluated trajectory.
 """
