@@ -26,7 +26,7 @@ from env import INSTRUCTIONS, DialogueEnv, answers_in_code
 from env import action_tokens, end_of_turn, grade, known_ids, render
 from machinery.bars import progress
 from machinery.files import InputError
-from machinery.schema import outside_state, read_records
+from machinery.schema import fold, outside_state, read_records, unfold
 from machinery.optional import load
 from machinery.sampling import sample
 from machinery.train import arg, check_context, context_of, fit
@@ -253,6 +253,14 @@ def check_states(model, tokenizer, states, names, max_tokens):
         check_context(model, len(input_ids) + longest, name)
 
 
+def for_files(trajectories):
+    """Trajectories as files hold them: a system message is a message. None stays None."""
+    found = []
+    for trajectory in trajectories:
+        found.append(trajectory and {**trajectory, "dialogue_history": unfold(trajectory["dialogue_history"])})
+    return found
+
+
 def bare(messages):
     """Messages as a model needs them: without the texts that trajectories keep for the reader."""
     kept = []
@@ -296,7 +304,7 @@ def read_candidates(tokenizer, path):
         for turn in state["candidates"]:
             turn = {"content": turn} if isinstance(turn, str) else turn
             turns += [action_tokens(tokenizer, turn)] * (turn.get("count") or 1)
-        states.append({**state, "candidates": distinct(tokenizer, turns)})
+        states.append({**state, "messages": fold(state["messages"]), "candidates": distinct(tokenizer, turns)})
     return states
 
 

@@ -23,7 +23,7 @@ from machinery.files import clean, note
 from machinery.program import CALLED
 from machinery.program import extract_code as extract_code
 from machinery.template import control_tokens as control_tokens
-from machinery.template import encode_text, end_of_turn, known_ids, scaffold
+from machinery.template import encode_text, end_of_turn, in_front_of_user, known_ids, scaffold
 
 ANSWER_MARKER = "I WANT TO ANSWER:"
 REFERENCE_PREFIX = "In light that the final answer is: {reference}.\n"  # how the critic reads c: a data format
@@ -54,6 +54,11 @@ class Task:
         """What the human knows (some copies of ColBench carry it; otherwise the reference itself)."""
         known = self.extra.get("hidden_information") or ""
         return known if known.strip() else self.ground_truth
+
+    @property
+    def system(self):
+        """The text of a system message, "" if there is none."""
+        return self.extra.get("system") or ""
 
     def to_record(self):
         return {
@@ -90,11 +95,11 @@ def read_trajectories(path, tokenizer=None):
     for where, record in schema.read_records(path, schema.trajectory(known), "dialogue"):
         history = []
         for message in record["dialogue_history"]:
-            read = ("role", "content", "output_ids")
+            read = ("role", "content", "system", "output_ids")
             history.append({key: message[key] for key in read if message.get(key) is not None})
         yield {
             "task": Task.from_record(record["task"], where).to_record(),
-            "dialogue_history": history,
+            "dialogue_history": schema.fold(history),
             "reward": float(record["reward"]),
             "where": where,
         }
@@ -128,6 +133,8 @@ class DialogueEnv:
         self.turns = 0
         request = clean(self.instructions + task.problem_description)
         self.messages = [{"role": "user", "content": request}]
+        if task.system:
+            self.messages[0]["system"] = clean(task.system)
         return self.messages
 
     def step(self, action, in_code=False, **extra):
@@ -201,6 +208,7 @@ def action_tokens(tokenizer, message):
 
 def render(tokenizer, messages, reference=None):
     """Messages of user and assistant in turn, as a model reads them: (input_ids, turn_ids), lists of the same length.
+    A system message may stand in front (or be the first message's field `system`).
 
     turn_ids is 0 on context and k on the tokens that the agent produced in its k-th turn, the end-of-turn token
     included. A turn sampled by us carries `output_ids`: exactly those tokens are used (text does not always encode to
@@ -218,6 +226,7 @@ def render(tokenizer, messages, reference=None):
     where a template cannot be used so.
     """
     around = scaffold(tokenizer)
+    messages = schema.fold(messages)
     input_ids, turn_ids = [], []
     ended = False  # did the agent end its turn?
     for i, message in enumerate(messages):
@@ -231,6 +240,8 @@ def render(tokenizer, messages, reference=None):
             control, front = around.first if i == 0 else around.later
             if ended:
                 control = control[1:]  # without the template's own end of turn
+            if i == 0 and message.get("system"):
+                control, front = in_front_of_user(tokenizer, message["system"])
             if i == 0 and reference is not None:
                 front += REFERENCE_PREFIX.format(reference=reference)
             text = encode_text(tokenizer, front + message["content"] + around.opening.text)

@@ -96,7 +96,8 @@ class Dialogue:
     def keep(self):
         """One more line: another process may add to the same file."""
         with open(self.run.root / "plays.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(clean(self.record)) + "\n")
+            record, = actor.for_files([self.record])
+            file.write(json.dumps(clean(record)) + "\n")
 
     def reply(self, text):
         """Say something. Where the agent cannot go on from it (InputError), nothing was said."""

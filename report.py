@@ -31,7 +31,7 @@ from env import ANSWER_MARKER, Task, action_tokens
 from machinery import charts
 from machinery.bootstrap import interval
 from machinery.files import InputError, clean, note, put_text, read_json
-from machinery.schema import read_records, task_key, trajectory
+from machinery.schema import fold, read_records, task_key, trajectory
 from machinery.train import Machine, load_model
 from studies import faults
 from studies.credit import label as label_turns
@@ -342,7 +342,7 @@ class RunFolder:
         """Yield the offline dialogues."""
         file = Path(self.settings.get("trajectories") or self.root / "trajectories.jsonl")
         for _, record in read_records(file, trajectory()) if file.exists() else ():
-            yield record
+            yield {**record, "dialogue_history": fold(record["dialogue_history"])}
 
     @cached_property
     def grade(self):

@@ -276,7 +276,7 @@ def stage_rollout(run):
         played = actor.play_tasks(model, tokenizer, [tasks[i] for i, _ in part], human, keys, cfg,
                                   temperature=cfg.temperature, **run.rules)
         faults.add_faults(list(filter(None, played)), end_of_turn(tokenizer), cfg)
-        return played
+        return actor.for_files(played)
     dialogues = list(itertools.product(range(len(tasks)), range(cfg.per_task)))
     if cfg.dialogues:
         dialogues = dialogues[:cfg.dialogues]
@@ -350,7 +350,7 @@ def stage_pairs(run):
             return [{"role": "assistant", "content": turn["content"], "output_ids": turn["output_ids"]}]
         for chosen, rejected in actor.turn_pairs(advantages, counts, cfg.per_state, rng):
             found.append({
-                "prompt": state["messages"],
+                "prompt": schema.unfold(state["messages"]),
                 "chosen": message(chosen),
                 "rejected": message(rejected),
                 "advantages": [advantages[chosen], advantages[rejected]],
@@ -426,7 +426,7 @@ def stage_eval(run):
         _, tokenizer = loaded[method]
         faults.add_faults(list(filter(None, played)), end_of_turn(tokenizer), run.settings["rollout"])
         records = []
-        for trajectory in played:
+        for trajectory in actor.for_files(played):
             if trajectory is None:  # the human left
                 records.append(None)
                 continue

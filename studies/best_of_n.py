@@ -23,6 +23,7 @@ import critic
 from env import answers_in_code, render
 from machinery.bootstrap import interval, resample_weights
 from machinery.files import InputError, read_jsonl, write_groups
+from machinery.schema import unfold
 
 NUMBERS = (1, 2, 4, 8, 16, 32)
 
@@ -114,7 +115,7 @@ def play(run, numbers=NUMBERS):
                     "critic": run.settings["critic"].kind,
                     "n": n,
                     "task": env.task.to_record(),
-                    "dialogue_history": env.messages,
+                    "dialogue_history": unfold(env.messages),
                     "answer": env.answer,
                     "reward": next(rewards),
                 }
