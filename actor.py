@@ -175,7 +175,8 @@ def play_out(model, tokenizer, envs, human, keys, *, max_tokens, **decoding):
             if prompt[:len(before)] != before:
                 raise InputError("the human changed what was said before; reply() must leave the dialogues as they are")
         turns = sample(
-            model, tokenizer, list(prompts.values()), [(keys[i], envs[i].turns) for i in active],
+            model, tokenizer, list(prompts.values()),
+            [(keys[i], envs[i].turns) for i in active],
             memory=memory, places=[place[i] for i in active], max_tokens=max_tokens, **decoding)
         texts = [turn_text(tokenizer, output_ids) for output_ids in turns]
         in_code = answers_in_code([envs[i] for i in active], texts)

@@ -167,7 +167,9 @@ class DialogueEnv:
 def asked_for(task):
     """The names that a task's tests call and its reference defines."""
     called = dict.fromkeys(CALLED.findall("\n".join(task.test_cases.values())))
-    return [name for name in called if re.search(rf"(?m)\b(def|class)\s+{name}\b|^{name}\s*=", task.ground_truth)]
+    defined = r"(?m)\b(?:def|class)\s+(\w+)|^(\w+)\s*="
+    names = set(itertools.chain(*re.findall(defined, task.ground_truth)))
+    return [name for name in called if name in names]
 
 
 def programs(texts, tasks):
@@ -177,8 +179,8 @@ def programs(texts, tasks):
     for text, task in zip(texts, tasks):
         defined = [f"callable({name}) or {name}()" for name in asked_for(task)]  # names what find_program looks for
         jobs.append((text, (*defined, "True")))
-    found = []
-    for (text, _), (*defined, runs) in zip(jobs, sandbox.run(jobs, call_seconds=10.0, answer_seconds=30.0)):
+    reports, found = sandbox.run(jobs, call_seconds=10.0, answer_seconds=30.0), []
+    for text, (*defined, runs) in zip(texts, reports):
         kind = "program" if any(map(failed, defined)) else "function"
         found.append("" if failed(runs) or not text.strip() else kind)
     return found

@@ -1,9 +1,10 @@
 """Files of tasks and dialogues by their name on the Hugging Face hub: OWNER/NAME, or OWNER/NAME:FILE.
 
-A path that is there wins. What is fetched once lies in the hub's own cache, and a run remembers that file, not the name:
-so it needs no network again, and a new version of the data does not change a run.
+A path that is there wins. What is fetched once lies in the hub's own cache, and a run remembers that file, not the
+name: so it needs no network again, and a new version of the data does not change a run.
 
-Place in the data flow: the flags of a command -> `local_file` -> paths. Exercised by `python -m pytest tests/test_hub.py`.
+Place in the data flow: the flags of a command -> `local_file` -> paths. Exercised by `python -m pytest
+tests/test_hub.py`.
 """
 import os
 import re
@@ -18,8 +19,10 @@ def local_file(value, flag):
     """The path of a file of JSON lines, fetched where `value` names a dataset of the hub. InputError, naming the flag,
     where it is not to be had, or where it is open which file is meant."""
     match = NAME.fullmatch(value)
-    if os.path.exists(value) or not match or value.endswith((".json", ".jsonl")) and not match[2]:
+    if os.path.exists(value) or not match:
         return value
+    if value.endswith((".json", ".jsonl")) and not match[2]:
+        return value  # a path with a mistake in it
     from huggingface_hub import HfApi, hf_hub_download
     repo, file = match.groups()
     try:
@@ -27,7 +30,8 @@ def local_file(value, flag):
             names = HfApi().list_repo_files(repo, repo_type="dataset")
             lines = [name for name in names if name.endswith(".jsonl")]
             if len(lines) != 1:
-                raise InputError(f"{flag} {value}: which file? Expected {repo}:FILE, one of {', '.join(lines or names)}")
+                known = ", ".join(lines or names)
+                raise InputError(f"{flag} {value}: which file? Expected {repo}:FILE, one of {known}")
             file, = lines
         return hf_hub_download(repo, file, repo_type="dataset")
     except InputError:

@@ -117,7 +117,8 @@ def in_front_of_user(tokenizer, system):
     if end == 0:  # nothing ends the system's text: it and the human's are one
         return ids, text + pieces[1]
     control = tokenizer.encode(pieces[1][start:end], add_special_tokens=False)
-    return [*ids, *encode_text(tokenizer, text + pieces[1][:start]), *control], pieces[1][end:]
+    said = encode_text(tokenizer, text + pieces[1][:start])
+    return [*ids, *said, *control], pieces[1][end:]
 
 
 def _check_ends(tokenizer, before, opening, between, after):

@@ -69,7 +69,7 @@ class Given:
     model: str = ""
     """Initial policy, and where the critic starts: a Hugging Face directory or name."""
     tasks: str = ""
-    """Training tasks: a ColBench file, or OWNER/NAME[:FILE] on the Hugging Face hub, as for the next three flags."""
+    """Training tasks: a ColBench file, or OWNER/NAME[:FILE] of the hub."""
     heldout: str = ""
     """Held-out tasks: a ColBench file."""
     trajectories: str = ""

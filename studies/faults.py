@@ -1,9 +1,9 @@
 """What went wrong in dialogues, counted while they are played: a method that scores low may be a model that never wrote
 the marker, was cut off, or answered in prose, and each of these has another remedy.
 
-Place in the data flow: trajectories of a stage, graded -> `add_faults` -> their field "faults" in trajectories.jsonl and
-eval.jsonl -> `tell`, a line for each method, and `table`, for the report. What counts as a program is the grader's own
-notion (env.programs). Exercised by `python -m pytest tests/test_faults.py`.
+Place in the data flow: trajectories of a stage, graded -> `add_faults` -> their field "faults" in trajectories.jsonl
+and eval.jsonl -> `tell`, a line for each method, and `table`, for the report. What counts as a program is the grader's
+own notion (env.programs). Exercised by `python -m pytest tests/test_faults.py`.
 """
 from collections import Counter
 
@@ -13,12 +13,15 @@ from simulator import shows_code
 
 KINDS = {  # of dialogues, then of turns and replies in them
     "no_marker": "without the marker",
-    "no_program": "with no program in the answer",
-    "no_function": "with a program that lacks the function",
+    "no_program": "no program",
+    "no_function": "a program without the function",
     "overran": "ended where the context was full",
     "cut": "agent turns cut at the token limit",
-    "leaks": "replies that show code of the reference",
+    "leaks": "replies with code of the reference",
 }
+CAPTION = ("Counted over all ways of decoding. Dialogues: no marker at the end; no program in the answer that "
+           "compiles; no function in it of the name that the tests call; overran: ended where the model's context was "
+           "full. Agent turns: cut at the token limit. Replies: leaks, with code of the reference.")
 
 
 def add_faults(trajectories, end, cfg):
@@ -76,7 +79,7 @@ def table(records):
     rows = []
     for method, found in by_method(records).items():
         counts = total(found)
-        rows.append([method, str(len(found)), *(str(counts[kind]) for kind in KINDS)])
+        numbers = [len(found), *(counts[kind] for kind in KINDS)]
+        rows.append([method, *map(str, numbers)])
     header = ["what went wrong", "dialogues", *(kind.replace("_", " ") for kind in KINDS)]
-    caption = "Over all ways of decoding: dialogues " + ", ".join(list(KINDS.values())[:4]) + "; "
-    return [(caption + ", ".join(list(KINDS.values())[4:]) + ".", header, rows)] if rows else []
+    return [(CAPTION, header, rows)] if rows else []

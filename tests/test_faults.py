@@ -108,7 +108,7 @@ def test_a_dialogue_that_outgrows_the_context_ends_on_its_last_turn(monkeypatch)
     ([f"{ANSWER_MARKER}\ndef aria(r): return 3"], {"no_function": 1}),
     ([f"{ANSWER_MARKER}\ndef area(r): return -1"], {}),  # wrong, which is no fault of form
     (["a?", "b?", "c?", "d?"], {"no_marker": 1, "no_program": 1}),
-    (["a" * 60, f"{ANSWER_MARKER}\n{'b' * 60}"], {"cut": 2, "no_function": 1}),
+    (["a" * 60, f"{ANSWER_MARKER}\n{'b' * 60}"], {"cut": 2, "no_function": 1}),  # bbb is a program
     (["a" * 49, f"{ANSWER_MARKER}\ndef area(r): pass"], {}),  # with its end, just as long as it may be
 ])
 def test_faults_of_a_dialogue(monkeypatch, turns, found):
@@ -163,6 +163,10 @@ def test_base_alone_is_evaluated(tmp_path, capsys):
     assert "rollout.last_turn_notice" in main(capsys, "eval", "--run", run, "--last-turn-notice")
     assert "--eval-methods bass" in main(capsys, "eval", "--run", run, "--eval-methods", "bass")
     assert report.results_table([run], Backend()) in out
+
+
+def test_pages_are_no_functions(tmp_path, capsys):
+    assert "--answer-on-code" in main(capsys, "rollout", "--task", "frontend", "--run", tmp_path, "--answer-on-code")
 
 
 def test_held_out_tasks_are_enough_for_base_alone(tmp_path, capsys):

@@ -386,7 +386,8 @@ def test_a_system_message_in_files(tmp_path):
               "dialogue_history": [system, *talk], "method": "base", "top_p": 1.0, "answer": "x"}
     write(tmp_path / "eval.jsonl", record)
     read, = read_trajectories(tmp_path / "eval.jsonl")
-    assert read["dialogue_history"] == folded and schema.unfold(folded) == [system, *talk] and schema.unfold(talk) == talk
+    assert read["dialogue_history"] == folded
+    assert schema.unfold(folded) == [system, *talk] and schema.unfold(talk) == talk
     assert report.evaluations(tmp_path)["base", 1.0][0]["dialogue_history"] == folded
     assert actor.for_files([None, {**record, "dialogue_history": folded}]) == [None, record]
     env = DialogueEnv(3, "")
