@@ -22,14 +22,14 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from env import INSTRUCTIONS, DialogueEnv
+from env import INSTRUCTIONS, DialogueEnv, answers_in_code
 from env import action_tokens, end_of_turn, grade, known_ids, render
 from machinery.bars import progress
 from machinery.files import InputError
-from machinery.schema import outside_state, read_records
+from machinery.schema import fold, outside_state, read_records, unfold
 from machinery.optional import load
 from machinery.sampling import sample
-from machinery.train import arg, check_context, fit
+from machinery.train import arg, check_context, context_of, fit
 from kernels.logprob import add_reference, agent_tokens, lay_out, pair_logprobs, pair_sizes, turn_logprobs
 from kernels.prefix import branches
 from simulator import ask
@@ -54,6 +54,11 @@ class Rollout:
     """Seconds that a test call of an answer may run."""
     seed: int = arg(0, least=0)
     """Seed of the training tasks and of their dialogues; 0: --seed."""
+    answer_on_code: bool = arg(False, flag="answer-on-code")
+    """A turn that defines the function which the tests call is the answer, without the marker, too (not the paper's
+    protocol)."""
+    last_turn_notice: bool = arg(False, flag="last-turn-notice")
+    """The human's last reply says that the result must be sent now (not the paper's protocol)."""
 
 
 @dataclass(frozen=True)
@@ -130,42 +135,58 @@ def turn_text(tokenizer, output_ids):
     return tokenizer.decode(output_ids, clean_up_tokenization_spaces=False)
 
 
-def play_out(model, tokenizer, envs, human, keys, **decoding):
+def begin(task, cfg, instructions=INSTRUCTIONS):
+    """A dialogue at its request. cfg: a Rollout."""
+    env = DialogueEnv(cfg.max_turns, instructions, cfg.answer_on_code, cfg.last_turn_notice)
+    env.reset(task)
+    return env
+
+
+def play_out(model, tokenizer, envs, human, keys, *, max_tokens, **decoding):
     """Play dialogues to their end, all in lock-step. envs: DialogueEnv in any state; keys: a seed for each; decoding:
-    temperature, top_p, max_tokens and count of `sample`. Where the human leaves (replies None), the dialogue stays
-    without an answer.
+    temperature, top_p and count of `sample`. Where the human leaves (replies None), the dialogue stays without an
+    answer; where a further turn of max_tokens does not fit into the model's context, the last one is graded.
 
     Every agent turn keeps its `output_ids`, so that log-probs are of the tokens that were sampled, and, as in
     ColBench's format, `input` and `output` (the text that the model read and wrote).
     """
     active = [i for i, env in enumerate(envs) if env.answer is None]
     memory, read = None, {}  # what the model has read is remembered: a turn reads only what is new
+    limit = context_of(model) - max_tokens
     for _ in progress(range(max((env.max_turns for env in envs), default=0)), "turns"):
         if not active:
             break
         ask_human(human, [envs[i] for i in active])
         active = [i for i in active if envs[i].messages[-1]["role"] == "user"]
-        if not active:
-            break
-        prompts = []
+        prompts = {}
         for i in active:
             prompt, _ = render(tokenizer, envs[i].messages)
-            prompts.append(tuple(prompt))
+            if len(prompt) > limit and envs[i].turns:
+                envs[i].stop()
+            else:
+                prompts[i] = tuple(prompt)
+        active = list(prompts)
+        if not active:
+            break
         if memory is None:
-            memory = branches(model, prompts, several_turns=True)
+            memory = branches(model, list(prompts.values()), several_turns=True)
             place = {i: row for row, i in enumerate(active)}
-        for i, prompt in zip(active, prompts):
+        for i, prompt in prompts.items():
             before = read.get(i, ())
             if prompt[:len(before)] != before:
                 raise InputError("the human changed what was said before; reply() must leave the dialogues as they are")
         turns = sample(
-            model, tokenizer, prompts, [(keys[i], envs[i].turns) for i in active],
-            memory=memory, places=[place[i] for i in active], **decoding)
-        for i, prompt, output_ids in zip(active, prompts, turns):
-            read[i] = (*prompt, *output_ids)
+            model, tokenizer, list(prompts.values()),
+            [(keys[i], envs[i].turns) for i in active],
+            memory=memory, places=[place[i] for i in active], max_tokens=max_tokens, **decoding)
+        texts = [turn_text(tokenizer, output_ids) for output_ids in turns]
+        in_code = answers_in_code([envs[i] for i in active], texts)
+        for i, text, output_ids, answers in zip(active, texts, turns, in_code):
+            read[i] = (*prompts[i], *output_ids)
             envs[i].step(
-                turn_text(tokenizer, output_ids),
-                input=tokenizer.decode(prompt),
+                text,
+                answers,
+                input=tokenizer.decode(prompts[i]),
                 output=tokenizer.decode(output_ids),
                 output_ids=output_ids)
         active = [i for i in active if envs[i].answer is None]
@@ -185,11 +206,7 @@ def ask_human(human, envs):
 def play_tasks(model, tokenizer, tasks, human, keys, cfg, grade=grade, instructions=INSTRUCTIONS, **decoding):
     """Play a dialogue on each task to its end and grade it: a list of trajectories in ColBench's format, None for one
     that the human left."""
-    envs = []
-    for task in tasks:
-        env = DialogueEnv(cfg.max_turns, instructions)
-        env.reset(task)
-        envs.append(env)
+    envs = [begin(task, cfg, instructions) for task in tasks]
     play_out(model, tokenizer, envs, human, keys, max_tokens=cfg.max_tokens, **decoding)
     rewards = graded([env for env in envs if env.answer is not None], grade)
     trajectories = []
@@ -216,7 +233,7 @@ def graded(envs, grade):
 def check_tasks(model, tokenizer, tasks, cfg, instructions=INSTRUCTIONS, with_c=True):
     """InputError, before any work, where a task's first prompt, perhaps with c, is too long for the model."""
     for i, task in enumerate(tasks, 1):
-        messages = DialogueEnv(cfg.max_turns, instructions).reset(task)
+        messages = begin(task, cfg, instructions).messages
         ids, _ = render(tokenizer, messages, task.ground_truth if with_c else None)
         what = f"{task.where}: task {i}{', its reference' if with_c else ''} and one turn"
         check_context(model, len(ids) + cfg.max_tokens, what)
@@ -229,6 +246,14 @@ def check_states(model, tokenizer, states, names, max_tokens):
         longest = max((len(c["output_ids"]) for c in state.get("candidates", ())), default=max_tokens)
         input_ids, _ = render(tokenizer, state["messages"], state["task"]["ground_truth"])
         check_context(model, len(input_ids) + longest, name)
+
+
+def for_files(trajectories):
+    """Trajectories as files hold them: a system message is a message. None stays None."""
+    found = []
+    for trajectory in trajectories:
+        found.append(trajectory and {**trajectory, "dialogue_history": unfold(trajectory["dialogue_history"])})
+    return found
 
 
 def bare(messages):
@@ -274,7 +299,7 @@ def read_candidates(tokenizer, path):
         for turn in state["candidates"]:
             turn = {"content": turn} if isinstance(turn, str) else turn
             turns += [action_tokens(tokenizer, turn)] * (turn.get("count") or 1)
-        states.append({**state, "candidates": distinct(tokenizer, turns)})
+        states.append({**state, "messages": fold(state["messages"]), "candidates": distinct(tokenizer, turns)})
     return states
 
 

@@ -14,14 +14,16 @@ ids, and answers -> grade -> rewards. Differences from the paper: none in the pr
 (machinery/sandbox.py).
 """
 import itertools
+import re
 from dataclasses import dataclass, field
 
 from machinery import sandbox, schema
 from machinery.files import InputError as InputError
 from machinery.files import clean, note
+from machinery.program import CALLED
 from machinery.program import extract_code as extract_code
 from machinery.template import control_tokens as control_tokens
-from machinery.template import encode_text, end_of_turn, known_ids, scaffold
+from machinery.template import encode_text, end_of_turn, in_front_of_user, known_ids, scaffold
 
 ANSWER_MARKER = "I WANT TO ANSWER:"
 REFERENCE_PREFIX = "In light that the final answer is: {reference}.\n"  # how the critic reads c: a data format
@@ -29,6 +31,7 @@ INSTRUCTIONS = (
     "You are helping a person who needs a piece of work done but has described it only roughly. In each of your turns, "
     "ask one short question about what is missing, or, once you know enough, write \"" + ANSWER_MARKER + "\" followed "
     "by the complete result. You have {max_turns} turns at most, and the answer takes one of them.\n\n")
+LAST_TURN = " This is your last turn: please send me the complete result now."
 
 
 # ------------------------------------------------------------------ tasks
@@ -51,6 +54,11 @@ class Task:
         """What the human knows (some copies of ColBench carry it; otherwise the reference itself)."""
         known = self.extra.get("hidden_information") or ""
         return known if known.strip() else self.ground_truth
+
+    @property
+    def system(self):
+        """The text of a system message, "" if there is none."""
+        return self.extra.get("system") or ""
 
     def to_record(self):
         return {
@@ -87,11 +95,11 @@ def read_trajectories(path, tokenizer=None):
     for where, record in schema.read_records(path, schema.trajectory(known), "dialogue"):
         history = []
         for message in record["dialogue_history"]:
-            read = ("role", "content", "output_ids")
+            read = ("role", "content", "system", "output_ids")
             history.append({key: message[key] for key in read if message.get(key) is not None})
         yield {
             "task": Task.from_record(record["task"], where).to_record(),
-            "dialogue_history": history,
+            "dialogue_history": schema.fold(history),
             "reward": float(record["reward"]),
             "where": where,
         }
@@ -102,6 +110,10 @@ def read_trajectories(path, tokenizer=None):
 class DialogueEnv:
     """One dialogue. The answer counts as a turn; a dialogue that runs out of turns is graded on its last one.
 
+    Two departures from the paper's protocol, for models that keep to it badly: answer_on_code, a turn that defines
+    what the task's tests call is the answer (see `answers_in_code`); last_turn_notice, the human's last reply ends
+    with LAST_TURN.
+
     >>> env = DialogueEnv(max_turns=10)
     >>> messages = env.reset(task)              # [{"role": "user", "content": instructions and request}]
     >>> while not env.step(agent(messages)):    # True when the agent answers or has no turn left
@@ -109,8 +121,10 @@ class DialogueEnv:
     >>> env.answer
     """
 
-    def __init__(self, max_turns=10, instructions=INSTRUCTIONS):
+    def __init__(self, max_turns=10, instructions=INSTRUCTIONS, answer_on_code=False, last_turn_notice=False):
         self.max_turns = max_turns
+        self.answer_on_code = answer_on_code
+        self.last_turn_notice = last_turn_notice
         self.instructions = instructions.replace("{max_turns}", str(max_turns))
 
     def reset(self, task):
@@ -119,25 +133,68 @@ class DialogueEnv:
         self.turns = 0
         request = clean(self.instructions + task.problem_description)
         self.messages = [{"role": "user", "content": request}]
+        if task.system:
+            self.messages[0]["system"] = clean(task.system)
         return self.messages
 
-    def step(self, action, **extra):
-        """Append the agent's turn (extra: output_ids and the like, kept with the message). True when the dialogue is
-        over."""
+    def step(self, action, in_code=False, **extra):
+        """Append the agent's turn (in_code: it is the answer, marker or not; extra: output_ids and the like, kept with
+        the message). True when the dialogue is over."""
         if self.answer is not None or self.messages[-1]["role"] != "user":
             raise ValueError("step() needs a human's message to respond to: call reset() or observe() first")
         self.messages.append({"role": "assistant", "content": action, **extra})
         self.turns += 1
         if ANSWER_MARKER in action:
             self.answer = action.split(ANSWER_MARKER, 1)[1].strip()
-        elif self.turns >= self.max_turns:
+        elif in_code or self.turns >= self.max_turns:
             self.answer = action.strip()
         return self.answer is not None
 
+    def stop(self):
+        """End where no turn fits into the model's context any more: the last one is graded."""
+        if self.messages[-1]["role"] == "user":
+            self.messages.pop()
+        self.answer = self.messages[-1]["content"].strip()
+
     def observe(self, reply):
         """Append the human's reply and return what the agent sees next."""
+        if self.last_turn_notice and self.turns == self.max_turns - 1:
+            reply += LAST_TURN
         self.messages.append({"role": "user", "content": clean(reply)})
         return self.messages
+
+
+def asked_for(task):
+    """The names that a task's tests call and its reference defines."""
+    called = dict.fromkeys(CALLED.findall("\n".join(task.test_cases.values())))
+    defined = r"(?m)\b(?:def|class)\s+(\w+)|^(\w+)\s*="
+    names = set(itertools.chain(*re.findall(defined, task.ground_truth)))
+    return [name for name in called if name in names]
+
+
+def programs(texts, tasks):
+    """What the grader finds in each text: "function" where its program defines all that the task asks for, "program"
+    where it does not, "" where there is none that compiles. Found where answers run, in the sandbox."""
+    jobs = []
+    for text, task in zip(texts, tasks):
+        defined = [f"callable({name}) or {name}()" for name in asked_for(task)]  # names what find_program looks for
+        jobs.append((text, (*defined, "True")))
+    reports, found = sandbox.run(jobs, call_seconds=10.0, answer_seconds=30.0), []
+    for text, (*defined, runs) in zip(texts, reports):
+        kind = "program" if any(map(failed, defined)) else "function"
+        found.append("" if failed(runs) or not text.strip() else kind)
+    return found
+
+
+def answers_in_code(envs, actions):
+    """Whether each action is its dialogue's answer because it defines what the task's tests call (answer_on_code)."""
+    may = []
+    for i, (env, action) in enumerate(zip(envs, actions)):
+        if env.answer_on_code and any(name in action for name in asked_for(env.task)):
+            may.append(i)
+    found = programs([actions[i] for i in may], [envs[i].task for i in may])
+    yes = {i for i, kind in zip(may, found) if kind == "function"}
+    return [i in yes for i in range(len(envs))]
 
 
 # ------------------------------------------------------------------ render
@@ -153,6 +210,7 @@ def action_tokens(tokenizer, message):
 
 def render(tokenizer, messages, reference=None):
     """Messages of user and assistant in turn, as a model reads them: (input_ids, turn_ids), lists of the same length.
+    A system message may stand in front (or be the first message's field `system`).
 
     turn_ids is 0 on context and k on the tokens that the agent produced in its k-th turn, the end-of-turn token
     included. A turn sampled by us carries `output_ids`: exactly those tokens are used (text does not always encode to
@@ -170,6 +228,7 @@ def render(tokenizer, messages, reference=None):
     where a template cannot be used so.
     """
     around = scaffold(tokenizer)
+    messages = schema.fold(messages)
     input_ids, turn_ids = [], []
     ended = False  # did the agent end its turn?
     for i, message in enumerate(messages):
@@ -183,6 +242,8 @@ def render(tokenizer, messages, reference=None):
             control, front = around.first if i == 0 else around.later
             if ended:
                 control = control[1:]  # without the template's own end of turn
+            if i == 0 and message.get("system"):
+                control, front = in_front_of_user(tokenizer, message["system"])
             if i == 0 and reference is not None:
                 front += REFERENCE_PREFIX.format(reference=reference)
             text = encode_text(tokenizer, front + message["content"] + around.opening.text)

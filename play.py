@@ -26,7 +26,7 @@ from typing import Literal
 
 import actor
 import report
-from env import ANSWER_MARKER, DialogueEnv
+from env import ANSWER_MARKER
 from machinery.files import InputError, clean, forgive, put_text
 from machinery.optional import first_line, require
 from machinery.train import arg
@@ -70,10 +70,9 @@ class Dialogue:
         self.run, self.load, self.policy = run, load, policy
         self.seed = seed or random.SystemRandom().randint(1, len(tasks))
         self.task = tasks[(self.seed - 1) % len(tasks)]
-        self.env = DialogueEnv(run.settings["rollout"].max_turns, run.instructions)
+        self.env = actor.begin(self.task, run.settings["rollout"], run.instructions)
         self.scripted = run.world.human("scripted", None, None, run.seed)
         self.states, self.record = [], None
-        self.env.reset(self.task)
         self.hear()
 
     def hear(self):
@@ -97,7 +96,8 @@ class Dialogue:
     def keep(self):
         """One more line: another process may add to the same file."""
         with open(self.run.root / "plays.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(clean(self.record)) + "\n")
+            record, = actor.for_files([self.record])
+            file.write(json.dumps(clean(record)) + "\n")
 
     def reply(self, text):
         """Say something. Where the agent cannot go on from it (InputError), nothing was said."""
@@ -144,7 +144,7 @@ class Dialogue:
         """How it ended, in a line, and the record as it is to be shown."""
         world, reward = self.run.world, self.record["reward"]
         end, record = f"{world.REWARD}: {reward:.0%}.", self.record
-        if ANSWER_MARKER not in self.env.messages[-1]["content"]:
+        if ANSWER_MARKER not in self.env.messages[-1]["content"] and not self.env.answer_on_code:
             end = f"It did not answer: its last turn is graded as it is. {end}"
             record = {**record, "answer": record["answer"] if reward else ""}
         return end, record

@@ -16,6 +16,7 @@ report`, `python sweet.py table` and `python -m pytest tests/test_report.py`.
 Shapes: R resamples, S runs (seeds), N task results of all runs.
 """
 
+import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
@@ -30,8 +31,9 @@ from env import ANSWER_MARKER, Task, action_tokens
 from machinery import charts
 from machinery.bootstrap import interval
 from machinery.files import InputError, clean, note, put_text, read_json
-from machinery.schema import read_records, task_key, trajectory
+from machinery.schema import fold, read_records, task_key, trajectory
 from machinery.train import Machine, load_model
+from studies import faults
 from studies.credit import label as label_turns
 from studies.critics import find_critic
 from studies.results import bracketed, credit_cells, credits_of, critics_of, decoding
@@ -113,6 +115,10 @@ def results_caption(runs, means, sizes, ways, figure):
         f"policy ({base:.0f})."
     )
     caption += humans_of(settings_of(runs[0]))
+    played = read_json(runs[0] / "settings/eval.json", {})
+    departures = {"rollout.answer_on_code": "--answer-on-code", "rollout.last_turn_notice": "--last-turn-notice"}
+    if on := [flag for name, flag in departures.items() if played.get(name)]:
+        caption += f" Not the paper's protocol: {' and '.join(on)}."
     made = read_json(runs[0] / "settings/critic.json", {})
     kind = made.get("critic.kind", "bradley-terry")
     if kind != "bradley-terry":
@@ -178,6 +184,12 @@ def results_tables(runs, world, means, sizes):
     return tables
 
 
+def fault_tables(found):
+    """What went wrong (studies/faults.py). found: the evaluations of each run."""
+    records = itertools.chain.from_iterable(records for run in found for records in run.values())
+    return faults.table(records)
+
+
 def credit_tables(runs, world):
     """[(caption, header, rows)] of how often each critic is right: mean over runs, range, number of states or pairs."""
     found = credits_of(runs)
@@ -208,8 +220,9 @@ def words_of(world, kind):
 def results_table(runs, world):
     """The results of one run or of several seeds as Markdown, padded so that it reads well in a terminal too."""
     runs, text = [Path(root) for root in runs], []
-    results = results_tables(runs, world, *summarise(map(evaluations, runs), world))
-    for table in results + credit_tables(runs, world):
+    found = [evaluations(root) for root in runs]
+    results = results_tables(runs, world, *summarise(found, world))
+    for table in results + fault_tables(found) + credit_tables(runs, world):
         text += [markdown(*table), ""]
     return "\n".join(text) or "No results yet: eval.jsonl is made by `python sweet.py eval`.\n"
 
@@ -304,7 +317,7 @@ def first_screen(run, found):
     return {
         "sentences": sentences(means, sum(sizes), figure, order),
         "chart": chart,
-        "tables": results_tables([run.root], run.world, means, sizes),
+        "tables": results_tables([run.root], run.world, means, sizes) + fault_tables([found]),
     }
 
 
@@ -339,7 +352,7 @@ class RunFolder:
         """Yield the offline dialogues."""
         file = Path(self.settings.get("trajectories") or self.root / "trajectories.jsonl")
         for _, record in read_records(file, trajectory()) if file.exists() else ():
-            yield record
+            yield {**record, "dialogue_history": fold(record["dialogue_history"])}
 
     @cached_property
     def grade(self):

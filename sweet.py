@@ -49,10 +49,11 @@ import critic
 import play
 import report
 from env import ANSWER_MARKER
-from env import load_tasks, read_trajectories, render
+from env import end_of_turn, load_tasks, read_trajectories, render
 from machinery import schema
 from machinery.bars import note, whole_bars
-from machinery.files import InputError, JsonlWriter, forgive, put_text, read_prompt, split_specs, write_groups
+from machinery.files import InputError, JsonlWriter, forgive, put_text, read_lines, read_prompt, split_specs
+from machinery.files import write_groups
 from machinery.flags import Flags, read_settings
 from machinery.folder import closing, critic_folder, flags_given, further_critics, keep, measured, place, recall
 from machinery.folder import remembering, show_status, to_redo
@@ -65,7 +66,7 @@ from machinery.start import check_start, machine_here, stages_to_do
 from machinery.speed import Speed
 from machinery.train import Given, Machine, arg, check_finite, check_views, load_model, save_to
 from simulator import make_humans, reads_prompt, tell_leaks
-from studies import best_of_n, credit, study
+from studies import best_of_n, credit, faults, study
 from studies.critics import find_critic, title_of
 from worlds import find_world, tiny
 
@@ -80,7 +81,17 @@ class Eval:
     split: Literal["dev", "test"] = "test"
     """Held-out tasks of the small world: dev (to choose settings) or test (once)."""
     top_p: float = arg(0.9, most=1)
-    """The second way of decoding; the first is plain sampling at temperature 1."""
+    """The second way of decoding; the first is plain sampling at temperature 1. 1: that alone."""
+    methods: str = "base,rft,multiturn,actor"
+    """Whom to evaluate: METHOD[,METHOD]. With base alone nothing is trained."""
+
+    @property
+    def names(self):
+        """The methods. InputError on one that there is not."""
+        found = self.methods.split(",")
+        if not set(found) <= METHODS.keys():
+            raise InputError(f"--eval-methods {self.methods}: expected {', '.join(METHODS)}, or some of them")
+        return found
 
 
 @dataclass(frozen=True)
@@ -153,7 +164,8 @@ class Run:
             left_out |= {"eval", "credit"}
         self.stages = {}
         for name, stage in STAGES.items():
-            after = [other for other in stage.after if other not in left_out]
+            unseen = METHODS.keys() - settings["eval"].names if name == "eval" else ()
+            after = [other for other in stage.after if other not in left_out and other not in unseen]
             self.stages[name] = dataclasses.replace(stage, after=after)
         values = flat(settings, task=options.task, seed=self.seed)
         defaults = flat(plain, task=options.task, seed=self.seed)
@@ -297,13 +309,16 @@ def stage_rollout(run):
 
     def group(part, _):
         keys = [(seed, "rollout", *key) for key in part]
-        return actor.play_tasks(model, tokenizer, [tasks[i] for i, _ in part], human, keys, cfg,
-                                temperature=cfg.temperature, **run.rules)
+        played = actor.play_tasks(model, tokenizer, [tasks[i] for i, _ in part], human, keys, cfg,
+                                  temperature=cfg.temperature, **run.rules)
+        faults.add_faults(list(filter(None, played)), end_of_turn(tokenizer), cfg)
+        return actor.for_files(played)
     dialogues = list(itertools.product(range(len(tasks)), range(cfg.per_task)))
     if cfg.dialogues:
         dialogues = dialogues[:cfg.dialogues]
     write_groups(run.path("trajectories.jsonl"), dialogues, run.machine.rows, group, "rollout")
     tell_leaks(human)
+    faults.tell("rollout", read_lines(run.path("trajectories.jsonl")))
 
 
 def nothing(run, name, what, why):
@@ -371,7 +386,7 @@ def stage_pairs(run):
             return [{"role": "assistant", "content": turn["content"], "output_ids": turn["output_ids"]}]
         for chosen, rejected in actor.turn_pairs(advantages, counts, cfg.per_state, rng):
             found.append({
-                "prompt": state["messages"],
+                "prompt": schema.unfold(state["messages"]),
                 "chosen": message(chosen),
                 "rejected": message(rejected),
                 "advantages": [advantages[chosen], advantages[rejected]],
@@ -431,30 +446,38 @@ def stage_multiturn(run):
 
 def stage_eval(run):
     tasks, cfg, loaded = run.held_out(), run.settings["eval"], {}
-    names = run.methods if run.variant == run.root else ["actor"]
-    todo = list(itertools.product(names, (1.0, cfg.top_p), range(len(tasks))))
+    names = [name for name in METHODS if name in cfg.names] if run.variant == run.root else ["actor"]
+    ways = dict.fromkeys((1.0, cfg.top_p))
+    todo = list(itertools.product(names, ways, range(len(tasks))))
     human = run.human(held_out=True)
 
-    def group(part, _):
-        method, top_p, _ = part[0]
+    def play(method, top_p, chosen):
         if method not in loaded:
             loaded.clear()
             loaded[method] = run.model(method)
             actor.check_tasks(*loaded[method], tasks, run.settings["rollout"], run.instructions, with_c=False)
-        chosen = [i for _, _, i in part]
         keys = [(run.seed, "eval", i) for i in chosen]
         played = actor.play_tasks(*loaded[method], [tasks[i] for i in chosen], human, keys,
                                   run.settings["rollout"], top_p=top_p, **run.rules)
+        _, tokenizer = loaded[method]
+        faults.add_faults(list(filter(None, played)), end_of_turn(tokenizer), run.settings["rollout"])
         records = []
-        for trajectory in played:
+        for trajectory in actor.for_files(played):
             if trajectory is None:  # the human left
                 records.append(None)
                 continue
             history = actor.bare(trajectory["dialogue_history"])
             records.append({"method": run.methods[method], "top_p": top_p, **trajectory, "dialogue_history": history})
         return records
-    write_groups(run.path("eval.jsonl"), todo, len(tasks), group, "eval")
+
+    def group(part, _):
+        records = []
+        for (method, top_p), same in itertools.groupby(part, lambda item: item[:2]):
+            records += play(method, top_p, [i for _, _, i in same])
+        return records
+    write_groups(run.path("eval.jsonl"), todo, min(run.machine.rows, len(tasks)), group, "eval")
     tell_leaks(human)
+    faults.tell("eval", read_lines(run.path("eval.jsonl")))
 
 
 def stage_report(run):
@@ -481,7 +504,8 @@ class Stage:
 LOADED = ("dtype", "attention")
 TRAINED = (*LOADED, "lora")
 HUMAN = ("human", "human.max_tokens", "human.temperature", "human.prompt", "human.leaks")
-PLAYED = (*HUMAN, "instructions", "clip", "rollout.max_turns", "rollout.max_tokens", "rollout.call_seconds")
+PLAYED = (*HUMAN, "instructions", "clip", "rollout.max_turns", "rollout.max_tokens", "rollout.call_seconds",
+          "rollout.answer_on_code", "rollout.last_turn_notice")
 STAGES = {
     "base": Stage(stage_base, "base", (), ("model",), "model", ("base.*",)),
     "rollout": Stage(stage_rollout, "trajectories.jsonl", ("base",), ("trajectories",), "trajectories",
@@ -494,8 +518,8 @@ STAGES = {
     "actor": Stage(stage_actor, "actor", ("pairs",), ("actor.*",)),
     "rft": Stage(stage_rft, "rft", ("rollout",), ("rft.*", *TRAINED)),
     "multiturn": Stage(stage_multiturn, "multiturn", ("rollout",), ("pairs.margin", "multiturn.*", *TRAINED)),
-    "eval": Stage(stage_eval, "eval.jsonl", ("actor", "rft", "multiturn"), (
-        "eval.*", "heldout", "heldout_human", *PLAYED)),
+    "eval": Stage(stage_eval, "eval.jsonl", ("base", "actor", "rft", "multiturn"),
+                  ("eval.*", "heldout", "heldout_human", *PLAYED, *LOADED)),
     "credit": Stage(credit.check, "credit.json", ("critic",), (
         "eval.tasks", "eval.first", "eval.split", "heldout", "candidates.n", "credit.*", *PLAYED)),
     "report": Stage(stage_report, "report.html", ("actor", "rft", "multiturn", "eval", "credit")),
@@ -588,6 +612,8 @@ def work(run, stage):
         run_stage(run, name)
     if name != "report":
         print(f"{stage} is done{'' if run.todo else ' already'}: {run.path(STAGES[name].output)}")
+        if name == "eval":
+            print(f"\n{report.results_table([run.root], run.world)}")
         return
     if not run.todo:
         print("everything is done already: only the report is made anew")
@@ -661,7 +687,8 @@ def begin(run, stage):
     todo = stages_to_do(run, run.stages, stage)
     if todo:
         check_files(run)
-    check_tasks_given(run.given, run.settings["eval"].first, stage)
+    trains = stage != "eval" or "rollout" in run.record.needs(stage)
+    check_tasks_given(run.given, run.settings["eval"].first, stage, trains)
     check_start(run, stage, todo)
     run.todo = {name: measured(run, name) for name in STAGES if name in todo}
     if stage == "table":

@@ -110,6 +110,11 @@ def read_jsonl(path):
             yield number, _read_object(text, where)
 
 
+def read_lines(path):
+    """Yield the records of a JSON-lines file."""
+    return (record for _, record in read_jsonl(path))
+
+
 def _read_object(text, where):
     """The JSON object in a line. InputError on anything else."""
     if text.startswith("["):

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 from machinery.bars import note
 from machinery.files import InputError, read_json, split_specs, write_json
+from machinery.hub import local_file
 from machinery.process import KEPT, LOCK, holder, one_line
 from machinery.settings import dependencies, leftovers
 from machinery.speed import in_words as speed_in_words
@@ -30,6 +31,7 @@ DEFAULT_RUN = {"base": 73, "rollout": 6, "critic": 17, "samples": 35, "candidate
                "rft": 9, "multiturn": 17, "eval": 21, "credit": 65, "best-of-n": 250}
 SMOKE_RUN = {"base": 31, "rollout": 3, "critic": 2, "samples": 1, "candidates": 0.3, "pairs": 0.1, "actor": 0.4,
              "rft": 0.3, "multiturn": 1, "eval": 4, "credit": 1.5, "best-of-n": 15}
+FILES = ("tasks", "heldout", "trajectories", "candidates")  # flags that name files of JSON lines
 OWN = ("stage", "run", "redo", "given", "running")  # what a command does not leave to the next one
 
 
@@ -88,6 +90,9 @@ def recall(flags, argv):
             options = flags.parse_args(argv, kept) if kept else options
         except InputError as error:
             raise InputError(f"{run}: what it remembers cannot be used: {error}") from None
+        for name in FILES:
+            if value := getattr(options, name):
+                setattr(options, name, local_file(value, f"--{name}"))
     options.run = run
     for field in dataclasses.fields(Given):
         if value := getattr(options, field.name):

@@ -69,6 +69,24 @@ def is_number(value):
     return type(value) in (int, float)  # not True, which is an int to Python
 
 
+def fold(messages):
+    """Messages without a system message in front: its text is the field `system` of the user's first message, so that
+    all turns have the same places with one and without. Files hold the message, everybody in here reads it so."""
+    if len(messages) < 2 or messages[0]["role"] != "system":
+        return messages
+    system, first, *rest = messages
+    return [{**first, "system": system["content"]}, *rest]
+
+
+def unfold(messages):
+    """The same with the system message in front, as files hold it."""
+    first, *rest = messages
+    if not first.get("system"):
+        return messages
+    first = dict(first)
+    return [{"role": "system", "content": first.pop("system")}, first, *rest]
+
+
 def in_turn(messages):
     """Whether user and assistant take turns, the user first."""
     return all(message["role"] == ("user", "assistant")[i % 2] for i, message in enumerate(messages))
@@ -86,10 +104,10 @@ REWARD = Rule("should be a number from 0 to 1",  # a cosine of 1 may be a little
 COUNT = Rule("should be a whole number from 1 to 1000", lambda value: type(value) is int and 1 <= value <= 1000)
 CALLS = Rule("should be an object of names and calls, both strings",
              lambda value: isinstance(value, dict) and all(isinstance(call, str) for call in value.values()))
-DIALOGUE = Rule("should be two or more messages, of user and assistant in turn",
-                lambda messages: len(messages) >= 2 and in_turn(messages))
-PROMPT = Rule("should be messages of user and assistant in turn, the user's first and last",
-              lambda messages: len(messages) % 2 == 1 and in_turn(messages))
+DIALOGUE = Rule("should be two or more messages, of user and assistant in turn, or these behind a system message",
+                lambda messages: len(fold(messages)) >= 2 and in_turn(fold(messages)))
+PROMPT = Rule("should be messages of user and assistant in turn, the user's first and last, or these behind a system "
+              "message", lambda messages: len(fold(messages)) % 2 == 1 and in_turn(fold(messages)))
 
 
 def token_ids(known):
@@ -106,7 +124,8 @@ def token_ids(known):
 def task(optional=("test_cases",)):
     """ColBench's task. optional: whether test_cases may be absent or empty."""
     tests = {"test_cases?": CALLS} if "test_cases" in optional else {"test_cases": (CALLS, FILLED)}
-    return {"problem_description": TEXT, "ground_truth": TEXT, **tests, "hidden_information?": STRING}
+    return {"problem_description": TEXT, "ground_truth": TEXT, **tests, "hidden_information?": STRING,
+            "system?": STRING}
 
 
 def task_key(record):
@@ -115,7 +134,7 @@ def task_key(record):
 
 
 def message(known=None):
-    return {"role": STRING, "content": STRING, "output_ids?": token_ids(known)}
+    return {"role": STRING, "content": STRING, "system?": STRING, "output_ids?": token_ids(known)}
 
 
 def trajectory(known=None):

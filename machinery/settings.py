@@ -49,9 +49,10 @@ def no_held_out(given, first):
     return bool(given.tasks and not given.heldout and not first)
 
 
-def check_tasks_given(given, first, stage):
-    """InputError where a stage needs tasks that the user did not bring; says what is left out for want of them."""
-    if given.heldout and not (given.tasks or given.trajectories) and stage not in ("base", "play"):
+def check_tasks_given(given, first, stage, trains=True):
+    """InputError where a stage needs tasks that the user did not bring; says what is left out for want of them.
+    trains: something is to be learned."""
+    if trains and given.heldout and not (given.tasks or given.trajectories) and stage not in ("base", "play"):
         raise InputError("--heldout without --tasks or --trajectories: training tasks are missing")
     wanted = stage in ("eval", "credit", "best-of-n", "table", "play") or stage.startswith("study ")
     if no_held_out(given, first) and wanted:

@@ -49,6 +49,8 @@ def check_start(run, stage, todo):
         check_attention(run.machine)
         if run.machine.lora:
             check_adapters("--lora")
+    if run.settings["rollout"].answer_on_code and "test_cases" in run.world.OPTIONAL:
+        raise InputError("--answer-on-code: the answers of this --task are no functions; expected one with test cases")
     for group in sorted(todo & {"critic", "actor", "multiturn"}):
         load(run.settings[group].loss, f"--{group}-loss")
     if todo & {"base", "play", *DIALOGUES}:

@@ -8,6 +8,7 @@ as mere text (`encode_text`). `env.render` puts the two together.
 Place in the data flow: a tokenizer -> its scaffold -> env.render, and where turns end in sampling and in saved models.
 Exercised by `python -m pytest tests/test_templates.py`.
 """
+import contextlib
 import copy
 import functools
 import re
@@ -46,27 +47,8 @@ def scaffold(tokenizer):
     for template, nor be trimmed or stripped by it. The opening is that of the last turn, because that is what the agent
     reads when it speaks: some templates write earlier turns in another way.
     """
-    messages = []
-    for i in range(4):
-        messages.append({"role": ("user", "assistant")[i % 2], "content": f"\ue000{i}\ue001"})
-
-    def pieces(n_messages):
-        """What the template writes before, between and after the first messages."""
-        text = tokenizer.apply_chat_template(
-            messages[:n_messages],
-            chat_template=FIXED_DATE + tokenizer.get_chat_template(),
-            tokenize=False,
-            add_generation_prompt=n_messages % 2 == 1)
-        parts = re.split("\ue000(\\d+)\ue001", text)
-        found, placeholders = parts[::2], parts[1::2]
-        if placeholders != [str(i) for i in range(n_messages)]:
-            raise ValueError("the chat template does not show every message once and in order")
-        return found
-    try:
-        before, _, between, opening, after = pieces(4)
-        prompt = pieces(3)[-1]
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses a dialogue of user and assistant: {error}") from None
+    before, _, between, opening, after = _pieces(tokenizer, "user", "assistant", "user", "assistant")
+    prompt = _pieces(tokenizer, "user", "assistant", "user")[-1]
     if opening.rstrip() == prompt.rstrip():
         opening = prompt  # white space in front of a turn is for the agent to write, or not
     else:
@@ -77,14 +59,66 @@ def scaffold(tokenizer):
     def encode(text):
         return tokenizer.encode(text, add_special_tokens=False)
     _check_ends(tokenizer, encode(before), encode(opening), encode(between), encode(after))
-
-    def in_front(text):
-        """A piece before a message: the text is what follows the last control token."""
-        _, end = _control_span(tokenizer, text)
-        return Piece(encode(text[:end]), text[end:])
     start, _ = _control_span(tokenizer, opening)
     behind = Piece(encode(opening[start:]), opening[:start])
-    return Scaffold(in_front(before), in_front(between), behind, encode(after)[0])
+    return Scaffold(_in_front(tokenizer, before), _in_front(tokenizer, between), behind, encode(after)[0])
+
+
+def _pieces(tokenizer, *roles):
+    """What a template writes before, between and after messages of these roles. ValueError where it refuses them."""
+    messages = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=FIXED_DATE + tokenizer.get_chat_template(),
+            tokenize=False,
+            add_generation_prompt=roles[-1] == "user")
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses a dialogue of {' and '.join(dict.fromkeys(roles))}: {error}"
+                         ) from None
+    parts = re.split("\ue000(\\d+)\ue001", text)
+    found, placeholders = parts[::2], parts[1::2]
+    if placeholders != [str(i) for i in range(len(roles))]:
+        raise ValueError("the chat template does not show every message once and in order")
+    return found
+
+
+def _in_front(tokenizer, text):
+    """A piece before a message: its text is what follows the last control token."""
+    _, end = _control_span(tokenizer, text)
+    return Piece(tokenizer.encode(text[:end], add_special_tokens=False), text[end:])
+
+
+@functools.lru_cache(maxsize=8)
+def system_pieces(tokenizer):
+    """(what the template writes before a system message's text, what it writes between that and the user's); None, and
+    a note, where it has no system role: it refuses one, moves it, or writes it like another role's message."""
+    found = []
+    for role in ("system", "user", "assistant"):
+        with contextlib.suppress(ValueError):
+            found.append((role, _pieces(tokenizer, role, "user", "assistant", "user")))
+    pieces = dict(found)
+    system = pieces.pop("system", None)
+    if system is None or system in pieces.values():
+        note("note: the chat template has no system role: a system message's text stands in front of the user's first")
+        return None
+    return system[0], system[1]
+
+
+def in_front_of_user(tokenizer, system):
+    """(control tokens, text) before the human's first message, the text of a system message included."""
+    pieces = system_pieces(tokenizer)
+    if pieces is None:
+        ids, text = scaffold(tokenizer).first
+        return ids, f"{text}{system}\n\n"
+    ids, text = _in_front(tokenizer, pieces[0])
+    text += system
+    start, end = _control_span(tokenizer, pieces[1])
+    if end == 0:  # nothing ends the system's text: it and the human's are one
+        return ids, text + pieces[1]
+    control = tokenizer.encode(pieces[1][start:end], add_special_tokens=False)
+    said = encode_text(tokenizer, text + pieces[1][:start])
+    return [*ids, *said, *control], pieces[1][end:]
 
 
 def _check_ends(tokenizer, before, opening, between, after):

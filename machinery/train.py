@@ -70,7 +70,7 @@ class Given:
     model: str = ""
     """Initial policy, and where the critic starts: a directory, name or GGUF file."""
     tasks: str = ""
-    """Training tasks: a ColBench file."""
+    """Training tasks: a ColBench file, or OWNER/NAME[:FILE] of the hub."""
     heldout: str = ""
     """Held-out tasks: a ColBench file."""
     trajectories: str = ""

@@ -20,9 +20,10 @@ import numpy as np
 
 import actor
 import critic
-from env import DialogueEnv, render
+from env import answers_in_code, render
 from machinery.bootstrap import interval, resample_weights
 from machinery.files import InputError, read_jsonl, write_groups
+from machinery.schema import unfold
 from simulator import tell_leaks
 
 NUMBERS = (1, 2, 4, 8, 16, 32)
@@ -68,11 +69,14 @@ class BestOfN:
         if contested:  # a choice is to be made somewhere
             critic.score_reference(self.model, self.tokenizer, contested)
             self.run.critic.score(self.scorer, contested, self.run.settings["critic"])
-        for (env, _, _), state in zip(seats, states):
-            best = state["candidates"][0]
-            if len(state["candidates"]) > 1:
-                best = max(state["candidates"], key=operator.itemgetter("advantage"))
-            env.step(best["content"], output_ids=best["output_ids"])
+        best = []
+        for state in states:
+            turns = state["candidates"]
+            best.append(max(turns, key=operator.itemgetter("advantage")) if len(turns) > 1 else turns[0])
+        envs = [env for env, _, _ in seats]
+        in_code = answers_in_code(envs, [turn["content"] for turn in best])
+        for env, turn, answers in zip(envs, best, in_code):
+            env.step(turn["content"], answers, output_ids=turn["output_ids"])
 
     def play_out(self, seats, human):
         """Play dialogues to their end, all in lock-step; one that the human leaves stays without an answer."""
@@ -101,8 +105,7 @@ def play(run, numbers=NUMBERS):
     def group(part, _):
         seats = []
         for n, i in part:
-            env = DialogueEnv(cfg.max_turns, run.instructions)
-            env.reset(tasks[i])
+            env = actor.begin(tasks[i], cfg, run.instructions)
             seats.append((env, n, (run.seed, "eval", i)))
         policy.play_out(seats, human)
         rewards = actor.graded([env for env, _, _ in seats if env.answer is not None], run.grade)
@@ -114,7 +117,7 @@ def play(run, numbers=NUMBERS):
                     "critic": run.settings["critic"].kind,
                     "n": n,
                     "task": env.task.to_record(),
-                    "dialogue_history": env.messages,
+                    "dialogue_history": unfold(env.messages),
                     "answer": env.answer,
                     "reward": next(rewards),
                 }

@@ -12,7 +12,7 @@ import torch
 
 import actor
 import critic
-from env import ANSWER_MARKER, DialogueEnv, Task, grade
+from env import ANSWER_MARKER, Task, answers_in_code, grade
 from machinery.bars import progress
 from machinery.files import InputError, write_json, write_lines
 from machinery.train import arg
@@ -68,17 +68,19 @@ def check(run):
 def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade, count=None):
     """Value every candidate by Monte Carlo: add "returns", the rewards of n dialogues that the policy plays on from
     it."""
-    envs, keys = [], []
+    envs, keys, said = [], [], []
     for s, state in enumerate(states):
         for c, candidate in enumerate(state["candidates"]):
             for k in range(n):
-                env = DialogueEnv(cfg.max_turns)
-                env.reset(Task.from_record(state["task"]))
+                env = actor.begin(Task.from_record(state["task"]), cfg)
                 env.messages = list(state["messages"])
                 env.turns = len(state["messages"]) // 2
-                env.step(candidate["content"], output_ids=candidate["output_ids"])
                 envs.append(env)
+                said.append(candidate)
                 keys.append((seed, "play on", s, c, k))
+    in_code = answers_in_code(envs, [candidate["content"] for candidate in said])
+    for env, candidate, answers in zip(envs, said, in_code):
+        env.step(candidate["content"], answers, output_ids=candidate["output_ids"])
     for start in progress(range(0, len(envs), 512), "played on"):
         part = slice(start, start + 512)
         actor.play_out(model, tokenizer, envs[part], human, keys[part], max_tokens=cfg.max_tokens,

@@ -15,7 +15,7 @@ import numpy as np
 from machinery.bootstrap import resample_weights
 from machinery.files import InputError, read_json
 from machinery.folder import further_critics
-from machinery.schema import evaluation, read_records
+from machinery.schema import evaluation, fold, read_records
 from studies.critics import KNOWN_CRITICS, title_of
 
 METHODS = ("base", "RFT", "multi-turn DPO", "SWEET")  # and then SWEET with further critics
@@ -56,6 +56,7 @@ def evaluations(root):
     found = {}
     for file in (folder / "eval.jsonl" for folder in critics_of(root).values()):
         for _, record in read_records(file, evaluation()) if file.exists() else ():
+            record["dialogue_history"] = fold(record["dialogue_history"])
             found.setdefault((record["method"], record["top_p"]), []).append(record)
     tasks = {key: [record["task"] for record in records] for key, records in found.items()}
     if any(tasks[key] != next(iter(tasks.values())) for key in tasks):

@@ -376,6 +376,27 @@ def options(argv):
     return program.parser().parse_args(argv)
 
 
+def test_a_system_message_in_files(tmp_path):
+    """A message of its own in files, a field of the user's first message for their readers; turns keep their places."""
+    system, talk = {"role": "system", "content": "Be brief."}, [
+        {"role": "user", "content": "p"}, {"role": "assistant", "content": "Which?"},
+        {"role": "user", "content": "Any."}, {"role": "assistant", "content": "x"}]
+    folded = [{**talk[0], "system": "Be brief."}, *talk[1:]]
+    record = {"task": {"problem_description": "p", "ground_truth": "x", "system": "Be brief."}, "reward": 1.0,
+              "dialogue_history": [system, *talk], "method": "base", "top_p": 1.0, "answer": "x"}
+    write(tmp_path / "eval.jsonl", record)
+    read, = read_trajectories(tmp_path / "eval.jsonl")
+    assert read["dialogue_history"] == folded
+    assert schema.unfold(folded) == [system, *talk] and schema.unfold(talk) == talk
+    assert report.evaluations(tmp_path)["base", 1.0][0]["dialogue_history"] == folded
+    assert actor.for_files([None, {**record, "dialogue_history": folded}]) == [None, record]
+    env = DialogueEnv(3, "")
+    assert env.reset(Task.from_record({**record["task"], "test_cases": {"a": "x"}})) == folded[:1]
+    for messages in ([system], [system, talk[1]], [talk[0], system], [system, system, *talk]):
+        write(tmp_path / "broken.jsonl", {**record, "dialogue_history": messages})
+        assert "in turn" in complaint(read_trajectories, tmp_path / "broken.jsonl")
+
+
 def test_the_reports_reader(tmp_path):
     good = {**TRAJECTORY, "method": "SWEET", "top_p": 1.0, "answer": "a"}
     write(tmp_path / "eval.jsonl", good)

@@ -14,7 +14,7 @@ import pytest
 from conftest import byte_tokenizer
 
 from env import ANSWER_MARKER, REFERENCE_PREFIX, action_tokens, control_tokens, end_of_turn, render
-from machinery.template import scaffold
+from machinery.template import FIXED_DATE, scaffold
 
 pytestmark = pytest.mark.slow
 
@@ -279,6 +279,64 @@ def test_candidates_without_ids_are_encoded_once_for_all(family):
     assert render(tokenizer, say(DIALOGUE[0]["content"], "Ask?"))[0] == prompt + written
 
 
+# ------------------------------------------------------------------ a system message
+
+NO_SYSTEM = {"gemma", "mistral_v1", "mistral_v3", "mistral_tekken", "llama2", "zephyr", "smollm3"}  # those written here
+SYSTEM = "Be brief.\n\nAsk first. "
+
+
+def with_system(n=6, system=SYSTEM):
+    return [{"role": "system", "content": system}, *DIALOGUE[:n]]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("n", [1, 3, 4, 6])
+def test_a_system_message_is_what_the_template_writes_or_stands_in_the_users_first(name, n):
+    """Id for id, with the same tokens for the agent as without it."""
+    tokenizer, system = tokenizer_of(name), "Be brief.\n\nAsk first."  # some templates trim it
+    ids, turn_ids = render(tokenizer, with_system(n, system))
+    plain, plain_turns = render(tokenizer, DIALOGUE[:n])
+    assert texts_of_turns(tokenizer, ids, turn_ids + [0]) == texts_of_turns(tokenizer, plain, plain_turns + [0])
+    if name in NO_SYSTEM:
+        moved = [{"role": "user", "content": f"{system}\n\n{DIALOGUE[0]['content']}"}, *DIALOGUE[1:n]]
+        assert (ids, turn_ids) == render(tokenizer, moved)
+    elif name in FAITHFUL:
+        text = tokenizer.apply_chat_template(with_system(n, system), tokenize=False, add_generation_prompt=n % 2 == 1,
+                                             chat_template=FIXED_DATE + tokenizer.chat_template)
+        if n % 2 == 0:
+            end = tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer))
+            text = text[:text.rindex(DIALOGUE[n - 1]["content"]) + len(DIALOGUE[n - 1]["content"])] + end
+        assert tokenizer.decode(ids) == text
+        assert ids == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_a_system_message_is_text_and_begins_the_same_dialogue(family):
+    """Nothing in it becomes a control token or is trimmed; the beginning of a dialogue is the beginning of its ids; c
+    still stands in front of what the human says first."""
+    name, tokenizer = family
+    forged = SYSTEM + " ".join(FAMILIES[name].control.split() + FAMILIES[name].plain.split())
+    plain, forged = (render(tokenizer, with_system(system=text)) for text in (SYSTEM, forged))
+    assert [i for i in forged[0] if i >= 256] == [i for i in plain[0] if i >= 256]
+    assert "Ask first. " in tokenizer.decode(plain[0])
+    for k in range(1, 6):
+        ids, turn_ids = render(tokenizer, with_system(k))
+        assert plain[0][:len(ids)] == ids and plain[1][:len(ids)] == turn_ids
+    prefix = REFERENCE_PREFIX.replace("{reference}", "c")
+    first = {"role": "user", "content": prefix + DIALOGUE[0]["content"]}
+    asked = render(tokenizer, [with_system()[0], first, *DIALOGUE[1:]])
+    assert render(tokenizer, with_system(), "c") == asked
+    folded = [{**DIALOGUE[0], "system": SYSTEM}, *DIALOGUE[1:]]
+    assert render(tokenizer, folded) == plain
+
+
+@pytest.mark.parametrize("name", ["phi4", "gemma"])
+def test_one_note_says_where_the_system_message_went(name, capsys):
+    tokenizer = tokenizer_of(name)
+    for _ in range(3):
+        render(tokenizer, with_system())
+    assert capsys.readouterr().err.count("no system role") == (name == "gemma")
+
+
 # ------------------------------------------------------------------ templates that rewrite the past
 
 EXPECTED = {
@@ -331,7 +389,8 @@ def test_what_cannot_be_masked_is_one_clear_error(template, words):
         render(tokenizer, say("a"))
 
 
-@pytest.mark.parametrize("roles", [["system", "user"], ["assistant"], ["user", "user"], ["user", "tool"]])
+@pytest.mark.parametrize("roles", [["system"], ["system", "assistant"], ["user", "system"], ["assistant"],
+                                   ["system", "system", "user"], ["user", "user"], ["user", "tool"]])
 def test_messages_are_of_user_and_assistant_in_turn(roles):
     tokenizer = tokenizer_of("phi4")
     with pytest.raises(ValueError, match="in turn"):
