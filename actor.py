@@ -29,10 +29,10 @@ from machinery.files import InputError
 from machinery.schema import fold, outside_state, read_records, unfold
 from machinery.optional import load
 from machinery.sampling import sample
+from machinery.several import ask
 from machinery.train import arg, check_context, context_of, fit
 from kernels.logprob import add_reference, agent_tokens, lay_out, pair_logprobs, pair_sizes, turn_logprobs
 from kernels.prefix import branches
-from simulator import ask
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def play_out(model, tokenizer, envs, human, keys, *, max_tokens, **decoding):
 
 
 def ask_human(human, envs):
-    """Let the human reply wherever the agent has asked (simulator.ask)."""
+    """Let the human reply wherever the agent has asked (machinery/several.py)."""
     asked = [env for env in envs if env.messages[-1]["role"] == "assistant"]
     if not asked:
         return

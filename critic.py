@@ -161,7 +161,9 @@ def train(model, tokenizer, pairs, out, cfg, seed, save, reference=True, normali
     def loss(model, part, batch):
         return loss_fn(model, part, cfg.beta, cfg.nll, normalize, batch, pair_loss)
     sizes = pair_sizes(examples)
-    return fit(model, examples, loss, out, cfg, seed, save, label="critic", sizes=sizes, **how)
+    return fit(
+        model, examples, loss, out, cfg, seed, save,
+        label="critic", sizes=sizes, **how)
 
 
 class BradleyTerry:
@@ -185,8 +187,11 @@ class BradleyTerry:
         def view(trajectory):
             return critic_view(tokenizer, trajectory, self.reference)
         pairs = run.better_and_worse(run.settings["pairs"].per_task, model, tokenizer, view)
-        train(model, tokenizer, pairs, out, cfg, run.seed, reference=self.reference, normalize=self.normalize,
-              **run.learning(model, tokenizer))
+        train(
+            model, tokenizer, pairs, out, cfg, run.seed,
+            reference=self.reference,
+            normalize=self.normalize,
+            **run.learning(model, tokenizer))
 
     def score(self, run, states, cfg):
         """Add `advantage` to every candidate of every state (see `rank`). run, here or of the report or of `play`:

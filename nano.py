@@ -2,13 +2,11 @@
 
     python nano.py        # trains everything from scratch on a CPU and prints how often the task is solved
 
-An agent talks with a human who wants a Python function and has described only part of it. In each of its four turns the
-agent asks a question or hands in the function; the last turn has to be the function. The reward is known at the end
-alone: do all tests pass? So which of the turns were good, and which question was a turn lost?
-
-The answer of the paper (arXiv 2503.15478) in three sentences. Train a *critic*, a language model that may read the
-hidden solution c, to prefer the dialogues that succeeded over those that failed, and write its preference as a sum of
-one number a turn, the advantage A (Eq. 2 and 3). Sample many turns at one point of a dialogue and let A say which are
+An agent talks with a human who wants a Python function and has described only part of it. In each of its four turns it
+asks a question or hands in the function. The reward is known at the end alone: do all tests pass? So which of the turns
+were good? The answer of the paper (arXiv 2503.15478): train a *critic*, a language model that may read the hidden
+solution c, to prefer the dialogues that succeeded over those that failed, and write its preference as a sum of one
+number a turn, the advantage A (Eq. 2 and 3). Sample many turns at one point of a dialogue and let A say which are
 better. Train the *actor*, which never sees c, to prefer the better ones by plain DPO on single turns (Eq. 4).
 
     A(o_t, a_t, c) = 1/L sum_l [ log pi_critic(a_t^l | o_t, a_t^<l, c) - log pi_ref(a_t^l | o_t, a_t^<l, c) ]    (Eq. 3)
@@ -17,11 +15,9 @@ better. Train the *actor*, which never sees c, to prefer the better ones by plai
 
 o_t is the dialogue so far, a_t the agent's turn of L tokens, c the reference solution; + marks the better one of a
 pair, - the worse; pi_ref is the model before training, beta how sharply a difference counts. A is divided by L, or the
-longest turn, the answer, would speak for all in the sum; Eq. 4 is about one turn and has no sum over turns. Both losses
+longest turn, the answer, would speak for all in the sum (Eq. 4 is about one turn: there is no such sum). Both losses
 also imitate +: they subtract nll * its mean log-prob, which keeps what the model could do (nll: 0.01 in the paper).
-
-Tasks, dialogue and tests are in env.py and worlds/backend.py. The other files add real models, other humans, baselines
-and speed; a test holds the log-probs, losses and pairs of this file equal to theirs.
+A test holds log-probs, losses and pairs equal to those of the other files, which add models, humans, baselines, speed.
 Shapes: B sequences, T tokens, K turns, V vocabulary. An "example" is (input_ids, turn_ids), two lists of one length:
 turn_ids is k on the tokens of the agent's k-th turn and 0 on all that the agent only reads.
 """
@@ -149,14 +145,16 @@ def train(model, examples, loss_fn, lr, batch_size, epochs, rng):
 def sample(model, tokenizer, prompts):
     """One turn for each prompt: lists of token ids that end with the end-of-turn token (or were cut off)."""
     end = end_of_turn(tokenizer)
-    T = max(len(prompt) for prompt in prompts)
+    T = max(map(len, prompts))
     padding = [T - len(prompt) for prompt in prompts]  # on the left, as `generate` wants it
     ids = [[end] * n + prompt for n, prompt in zip(padding, prompts)]
     mask = [[0] * n + [1] * (T - n) for n in padding]
     out_BT = model.generate(
-        input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask),
+        input_ids=torch.tensor(ids),
+        attention_mask=torch.tensor(mask),
         do_sample=True, top_k=0, top_p=1.0,
-        max_new_tokens=max_tokens, eos_token_id=end, pad_token_id=end)
+        max_new_tokens=max_tokens,
+        eos_token_id=end, pad_token_id=end)
     turns = []
     for row in out_BT[:, T:].tolist():
         length = row.index(end) + 1 if end in row else len(row)
@@ -191,8 +189,9 @@ def dialogue_pairs(tokenizer, dialogues, rewards, rng):
     for (_, reference), (won, lost) in by_task.items():
         possible = [(better, worse) for better in won for worse in lost]
         for better, worse in rng.sample(possible, min(pairs_per_task, len(possible))):
-            pairs.append({"chosen": render(tokenizer, better, reference),
-                          "rejected": render(tokenizer, worse, reference)})
+            chosen = render(tokenizer, better, reference)
+            rejected = render(tokenizer, worse, reference)
+            pairs.append({"chosen": chosen, "rejected": rejected})
     return pairs
 
 def one_turn(prompt, turn):
@@ -212,7 +211,7 @@ def sample_candidates(base, tokenizer, states):
         turns = iter(sample(base, tokenizer, prompts))
         for group in part:
             counts = Counter(tuple(next(turns)) for _ in range(n_candidates))
-            group["turns"] = [list(turn) for turn in counts]
+            group["turns"] = list(map(list, counts))
             group["counts"] = list(counts.values())
     return groups
 
@@ -229,7 +228,7 @@ def turn_pairs(advantages, counts, rng):
         samples += [i] * count  # a turn that was sampled 8 times has 8 of the 16 places
     samples.sort(key=advantages.__getitem__, reverse=True)
     half = len(samples) // 2
-    better, worse = samples[:half], samples[len(samples) - half:]
+    better, worse = samples[:half], samples[-half:]
     pairs = [(a, b) for a in better for b in worse if advantages[a] > advantages[b]]
     rng.shuffle(pairs)
     return list(dict.fromkeys(pairs))[:pairs_per_state]  # each pair once
@@ -241,7 +240,8 @@ def all_turn_pairs(groups, advantages, rng):
         turns, prompt = group["turns"], group["prompt"]
         mine = [next(advantages) for _ in turns]
         for a, b in turn_pairs(mine, group["counts"], rng):
-            pairs.append({"chosen": one_turn(prompt, turns[a]), "rejected": one_turn(prompt, turns[b])})
+            pairs.append({"chosen": one_turn(prompt, turns[a]),
+                          "rejected": one_turn(prompt, turns[b])})
     return pairs
 
 def main():

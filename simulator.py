@@ -23,9 +23,10 @@ import sys
 from tqdm import tqdm
 
 from env import render
-from machinery.files import InputError, fill, forgive, note, read_prompt, split_specs
+from machinery.files import InputError, fill, forgive, note, read_prompt
 from machinery.optional import make
 from machinery.server import Endpoint, Server
+from machinery.several import DrawnHuman, is_server, reads_prompt
 from machinery.thoughts import spoken
 
 NO_PREFERENCE = "I have no preference."  # stands in for a reply that a model left empty or refused
@@ -114,42 +115,6 @@ class ConsoleHuman(Human):
                 replies.append(input("you:   "))
             except EOFError:
                 raise InputError("the input ended before the dialogue did") from None
-        return replies
-
-
-def ask(human, tasks, dialogues):
-    """The replies of a human. InputError where they are not one text, or None, for each dialogue."""
-    replies = human.reply(tasks, dialogues)
-    name = f"{type(human).__name__}.reply()"
-    if not isinstance(replies, list) or len(replies) != len(tasks):
-        raise InputError(f"{name} should return a list of {len(tasks)} texts, one for each dialogue; it returned "
-                         f"{replies!r:.60}")
-    for reply in replies:
-        if not isinstance(reply, str | None):
-            raise InputError(f"{name} should return texts; it returned {reply!r:.60}")
-    return replies
-
-
-class DrawnHuman(Human):
-    """One of several humans for each dialogue. humans: {SPEC: Human}. Who it is depends on the seed, the request and
-    the agent's first turn, which stay while a dialogue goes on: not on the order of calls, nor on other dialogues."""
-
-    def __init__(self, humans, seed=0):
-        self.humans, self.seed = humans, seed
-
-    def draw(self, dialogue):
-        """The SPEC of the human of this dialogue."""
-        first = [message["content"] for message in dialogue[:2]]
-        return random.Random(f"who {self.seed} {first}").choice(list(self.humans))
-
-    def reply(self, tasks, dialogues):
-        replies, drawn = [None] * len(tasks), [self.draw(dialogue) for dialogue in dialogues]
-        for spec, human in self.humans.items():
-            mine = [i for i, name in enumerate(drawn) if name == spec]
-            if mine:
-                said = ask(human, [tasks[i] for i in mine], [dialogues[i] for i in mine])
-                for i, reply in zip(mine, said):
-                    replies[i] = reply
         return replies
 
 
@@ -259,15 +224,6 @@ class EndpointHuman(SpokenHuman):
         return texts
 
 
-def is_server(spec):
-    return spec.startswith(("http://", "https://"))
-
-
-def reads_prompt(spec):
-    """Whether the human of a SPEC is a language model of ours to instruct: a server or a local one."""
-    return is_server(spec) or spec not in ("scripted", "me") and ":" not in spec
-
-
 def make_human(spec, respond=None, seed=0, cfg=None, machine=None):
     """The human that a SPEC names: scripted | me | URL | module:Class | a model's directory, name or GGUF file."""
     if cfg and cfg.prompt and not reads_prompt(spec):
@@ -281,13 +237,3 @@ def make_human(spec, respond=None, seed=0, cfg=None, machine=None):
     if ":" in spec:
         return make(spec, "--human", "reply(tasks, dialogues)")
     return ModelHuman(spec, cfg, machine, seed)
-
-
-def make_humans(specs, make, seed=0):
-    """The human that `--human` names: make(SPEC), or one of several, SPEC,SPEC,..., for each dialogue (DrawnHuman)."""
-    names = split_specs(specs)
-    if len(names) == 1:
-        return make(specs)
-    if "" in names or len(set(names)) < len(names):
-        raise InputError(f"--human {specs}: expected different humans with commas between them")
-    return DrawnHuman({name: make(name) for name in names}, seed)

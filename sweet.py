@@ -52,8 +52,7 @@ from env import ANSWER_MARKER
 from env import end_of_turn, load_tasks, read_trajectories, render
 from machinery import schema
 from machinery.bars import note, whole_bars
-from machinery.files import InputError, JsonlWriter, forgive, put_text, read_lines, read_prompt, split_specs
-from machinery.files import write_groups
+from machinery.files import InputError, JsonlWriter, forgive, put_text, read_lines, read_prompt, write_groups
 from machinery.flags import Flags, read_settings
 from machinery.folder import closing, critic_folder, flags_given, further_critics, keep, measured, place, recall
 from machinery.folder import remembering, show_status, to_redo
@@ -61,11 +60,12 @@ from machinery.provenance import remember
 from machinery.reasons import why_no_pair, why_no_success, why_no_turn_pair
 from machinery.seeds import run_chains
 from machinery.server import Server
+from machinery.several import humans_of
 from machinery.settings import Record, check_tasks_given, flat, no_held_out
 from machinery.start import check_start, machine_here, stages_to_do
 from machinery.speed import Speed
 from machinery.train import Given, Machine, arg, check_finite, check_views, load_model, save_to
-from simulator import make_humans, reads_prompt, tell_leaks
+from simulator import tell_leaks
 from studies import best_of_n, credit, faults, study
 from studies.critics import find_critic, title_of
 from worlds import find_world, tiny
@@ -222,17 +222,9 @@ class Run:
 
     def human(self, held_out=False):
         """Who replies in offline dialogues, or in held-out ones."""
-        own, cfg = held_out and self.given.heldout_human, self.settings["human"]
-        everybody = [*split_specs(self.given.human), *split_specs(self.given.heldout_human)]
-        silent = dataclasses.replace(cfg, prompt="") if any(map(reads_prompt, filter(None, everybody))) else cfg
-
-        def make(spec):
-            server = cfg if reads_prompt(spec) else silent
-            return self.world.human(spec, server, self.machine, self.seed)
-        try:
-            return make_humans(own or self.given.human, make, self.seed)
-        except InputError as error:
-            raise InputError(f"--heldout-human: {error}" if own else str(error)) from None
+        def make(spec, cfg):
+            return self.world.human(spec, cfg, self.machine, self.seed)
+        return humans_of(make, self.given, self.settings["human"], self.seed, held_out)
 
     def training_tasks(self):
         cfg, first = self.settings["rollout"], self.settings["eval"].first

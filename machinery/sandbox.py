@@ -251,3 +251,8 @@ def run(jobs, call_seconds=1.0, answer_seconds=10.0, workers=None):
             finally:
                 left.clear()  # after Ctrl-C nobody takes another job
     return [reports[i] for i in range(len(jobs))]
+
+
+def failed(report):
+    """Whether a call gave no value: its report is then "!" and what went wrong."""
+    return report.startswith("!")

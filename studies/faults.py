@@ -3,11 +3,12 @@ the marker, was cut off, or answered in prose, and each of these has another rem
 
 Place in the data flow: trajectories of a stage, graded -> `add_faults` -> their field "faults" in trajectories.jsonl
 and eval.jsonl -> `tell`, a line for each method, and `table`, for the report. What counts as a program is the grader's
-own notion (env.programs). Exercised by `python -m pytest tests/test_faults.py`.
+own notion (machinery/answers.py). Exercised by `python -m pytest tests/test_faults.py`.
 """
 from collections import Counter
 
-from env import ANSWER_MARKER, Task, programs
+from env import ANSWER_MARKER, Task
+from machinery.answers import programs
 from machinery.bars import note
 from simulator import shows_code
 

@@ -8,7 +8,8 @@ from conftest import CHAT, byte_tokenizer, save_model, tiny_llama
 import actor
 import report
 import sweet as program
-from env import ANSWER_MARKER, LAST_TURN, DialogueEnv, Task, answers_in_code, end_of_turn, programs
+from env import ANSWER_MARKER, LAST_TURN, DialogueEnv, Task, answers_in_code, end_of_turn
+from machinery.answers import programs
 from machinery.files import InputError
 from machinery.train import check_context
 from simulator import ScriptedHuman

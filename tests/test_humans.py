@@ -20,7 +20,8 @@ from machinery.server import Server
 from machinery.thoughts import spoken
 from machinery.settings import flat
 from machinery.train import Machine
-from simulator import NO_PREFERENCE, DrawnHuman, EndpointHuman, ModelHuman, ScriptedHuman, make_human, make_humans
+from machinery.several import DrawnHuman, make_humans
+from simulator import NO_PREFERENCE, EndpointHuman, ModelHuman, ScriptedHuman, make_human
 from simulator import prompt_for, shows_code, tell_leaks
 from worlds import backend as world
 
