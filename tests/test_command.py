@@ -478,6 +478,7 @@ def test_how_many_dialogues_and_states(tmp_path, monkeypatch):
     """Dialogues task by task up to their number; a share of all states, or so many at most."""
     made = []
     monkeypatch.setattr(program, "write_groups", lambda path, items, *_: made.append(items))
+    monkeypatch.setattr(program, "read_lines", lambda path: [])
     monkeypatch.setattr(program.Run, "model", lambda *_, **__: (None, None))
     monkeypatch.setattr(program.actor, "check_tasks", lambda *_: None)
     monkeypatch.setattr(program.actor, "check_states", lambda *_: None)

@@ -280,7 +280,7 @@ def test_critics_lie_beside_each_other(tmp_path, monkeypatch, capsys):
     tables = report.results_table([run], backend.Backend())
     lines = tables.splitlines()
     for title in titles[1:]:
-        assert sum(line.startswith(f"| {title} ") for line in lines) == 2  # results and credit
+        assert sum(line.startswith(f"| {title} ") for line in lines) == 3  # results, what went wrong, credit
         assert sum(line.startswith(f"| SWEET - {title} ") for line in lines) == 1
     capsys.readouterr()
     program.main(["status", "--run", str(run)])
