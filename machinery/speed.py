@@ -19,6 +19,9 @@ class Speed:
     def __init__(self, machine):
         self.machine, self.hooks = machine, []
         self.written = self.read = self.learned = self.operations = 0
+        self.on_gpu = machine.device.startswith("cuda") and torch.cuda.is_available()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(machine.device)
 
     def wrote(self, tokens):
         """So many tokens were sampled."""
@@ -45,12 +48,14 @@ class Speed:
         return model
 
     def end(self, seconds):
-        """The stage has ended: {"written", "read", "learned": tokens a second, "share": of the peak}, without what is
-        0; {} where no model did anything."""
+        """The stage has ended: {"written", "read", "learned": tokens a second, "share": of the peak, "gib": the most
+        memory that tensors took on a GPU}, without what is 0; {} where no model did anything."""
         for hook in self.hooks:
             hook.remove()
         rates = {name: getattr(self, name) / seconds for name in ("written", "read", "learned")}
         if self.operations:
+            if self.on_gpu:
+                rates["gib"] = torch.cuda.max_memory_allocated(self.machine.device) / 2 ** 30
             rates["share"] = self.operations / seconds / peak(self.machine)
         self.__init__(self.machine)
         return {name: float(f"{rate:.3g}") for name, rate in rates.items() if rate}
@@ -74,4 +79,5 @@ def in_words(found):
     if not found:
         return ""
     rates = [f"{found[name]:,.0f} {name}" for name in ("written", "read", "learned") if found.get(name, 0) >= 1]
-    return f"tokens/s: {', '.join(rates)}; {100 * found['share']:.0f} % of the peak"
+    memory = f"; {found['gib']:.1f} GiB" if "gib" in found else ""
+    return f"tokens/s: {', '.join(rates)}; {100 * found['share']:.0f} % of the peak{memory}"

@@ -40,6 +40,22 @@ def test_reading_and_learning(counted):
     assert found.end(2.0) == {"learned": 5.0, "share": pytest.approx(10 * 6 * BODY / 2 / 1000, rel=5e-3)}
 
 
+def test_memory_on_a_gpu_is_that_of_the_stage(counted, monkeypatch):
+    """No GPU is needed: what torch would count there is given."""
+    model, _ = counted
+    held = {"peak": 7 * 2 ** 30}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.update(peak=0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held["peak"])
+    found = speed.Speed(Machine(device="cuda:0"))
+    found.watch(model)
+    reference_sums(model, EXAMPLES)
+    held["peak"] += 3 * 2 ** 29  # what this stage takes at most
+    ended = found.end(2.0)
+    assert ended["gib"] == 1.5 and speed.in_words(ended).endswith("of the peak; 1.5 GiB")
+    assert held["peak"] == 0  # the next stage starts anew
+
+
 def test_what_is_frozen_takes_no_gradient(counted):
     model, found = counted
     found.end(1.0)
