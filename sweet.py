@@ -303,7 +303,7 @@ def stage_rollout(run):
         keys = [(seed, "rollout", *key) for key in part]
         played = actor.play_tasks(model, tokenizer, [tasks[i] for i, _ in part], human, keys, cfg,
                                   temperature=cfg.temperature, **run.rules)
-        faults.add_faults(list(filter(None, played)), end_of_turn(tokenizer), cfg)
+        faults.add_faults(list(filter(None, played)), end_of_turn(tokenizer), cfg, run.grade)
         return actor.for_files(played)
     dialogues = list(itertools.product(range(len(tasks)), range(cfg.per_task)))
     if cfg.dialogues:
@@ -452,7 +452,7 @@ def stage_eval(run):
         played = actor.play_tasks(*loaded[method], [tasks[i] for i in chosen], human, keys,
                                   run.settings["rollout"], top_p=top_p, **run.rules)
         _, tokenizer = loaded[method]
-        faults.add_faults(list(filter(None, played)), end_of_turn(tokenizer), run.settings["rollout"])
+        faults.add_faults(list(filter(None, played)), end_of_turn(tokenizer), run.settings["rollout"], run.grade)
         records = []
         for trajectory in actor.for_files(played):
             if trajectory is None:  # the human left

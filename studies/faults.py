@@ -7,9 +7,10 @@ own notion (machinery/answers.py). Exercised by `python -m pytest tests/test_fau
 """
 from collections import Counter
 
-from env import ANSWER_MARKER, Task
+from env import ANSWER_MARKER, Grader, Task
 from machinery.answers import programs
 from machinery.bars import note
+from machinery.sandbox import failed
 from simulator import shows_code
 
 KINDS = {  # of dialogues, then of turns and replies in them
@@ -25,13 +26,23 @@ CAPTION = ("Counted over all ways of decoding. Dialogues: no marker at the end; 
            "full. Agent turns: cut at the token limit. Replies: leaks, with code of the reference.")
 
 
-def add_faults(trajectories, end, cfg):
-    """Add "faults", {kind: how often}, to each trajectory. end: the id of the end of a turn; cfg: a Rollout."""
+def ran(grade, answer, task):
+    """Whether a call of an answer gave a value when a Grader graded it; False if that is not remembered."""
+    reports = grade.reports.get((answer, tuple(task.test_cases.values())), ()) if isinstance(grade, Grader) else ()
+    return not all(map(failed, reports))
+
+
+def add_faults(trajectories, end, cfg, grade=None):
+    """Add "faults", {kind: how often}, to each trajectory. end: the id of the end of a turn; cfg: a Rollout; grade:
+    what gave the rewards, and knows of most answers that their function is there, so that few run once more."""
     tasks = [Task.from_record(trajectory["task"]) for trajectory in trajectories]
     kinds = ["function"] * len(tasks)  # where a test is passed, there is one
-    failed = [i for i, task in enumerate(tasks) if task.test_cases and not trajectories[i]["reward"]]
-    found = programs([trajectories[i]["answer"] for i in failed], [tasks[i] for i in failed])
-    for i, kind in zip(failed, found):
+    unknown = []
+    for i, (trajectory, task) in enumerate(zip(trajectories, tasks)):
+        if task.test_cases and not trajectory["reward"] and not ran(grade, trajectory["answer"], task):
+            unknown.append(i)
+    found = programs([trajectories[i]["answer"] for i in unknown], [tasks[i] for i in unknown])
+    for i, kind in zip(unknown, found):
         kinds[i] = kind
     for trajectory, task, kind in zip(trajectories, tasks, kinds):
         history = trajectory["dialogue_history"]

@@ -8,7 +8,7 @@ from conftest import CHAT, byte_tokenizer, save_model, tiny_llama
 import actor
 import report
 import sweet as program
-from env import ANSWER_MARKER, LAST_TURN, DialogueEnv, Task, answers_in_code, end_of_turn
+from env import ANSWER_MARKER, LAST_TURN, DialogueEnv, Grader, Task, answers_in_code, end_of_turn
 from machinery.answers import programs
 from machinery.files import InputError
 from machinery.train import check_context
@@ -47,6 +47,30 @@ def test_a_turn_with_the_function_is_an_answer_where_that_is_asked_for(on):
     for env, text, answers in zip(envs, TEXTS, found):
         assert env.step(text, answers) is answers
         assert env.answer == (text.strip() if answers else None)
+
+
+def test_what_the_grader_has_seen_run_is_not_run_again(monkeypatch):
+    texts = ["def area(r):\n    return 4", "def area(r):\n    raise ValueError", "I cannot"]
+    grader = Grader()
+    rewards = grader(texts, [TASK] * 3)
+    assert rewards == [0, 0, 0] and [faults.ran(grader, text, TASK) for text in texts] == [True, False, False]
+    assert not faults.ran(Grader(), texts[0], TASK)  # another one knows nothing of it
+
+    asked = []
+
+    def counting(texts, tasks):
+        asked.extend(texts)
+        return programs(texts, tasks)
+    monkeypatch.setattr(faults, "programs", counting)
+    history = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "output_ids": [1]}]
+
+    def found(grade):
+        records = [{"task": TASK.to_record(), "dialogue_history": history, "answer": text, "reward": reward}
+                   for text, reward in zip(texts, rewards)]
+        faults.add_faults(records, 1, actor.Rollout(max_turns=1), grade)
+        return [record["faults"] for record in records]
+    assert found(grader) == found(None) == [{"no_marker": 1}, {"no_marker": 1}, {"no_marker": 1, "no_program": 1}]
+    assert asked == texts[1:] + texts
 
 
 def tokenizer():
