@@ -160,11 +160,8 @@ def play_out(model, tokenizer, envs, human, keys, *, max_tokens, **decoding):
         active = [i for i in active if envs[i].messages[-1]["role"] == "user"]
         prompts = {}
         for i in active:
-            prompt, _ = render(tokenizer, envs[i].messages)
-            if len(prompt) > limit and envs[i].turns:
-                envs[i].stop()
-            else:
-                prompts[i] = tuple(prompt)
+            if prompt := next_prompt(tokenizer, envs[i], limit):
+                prompts[i] = prompt
         active = list(prompts)
         if not active:
             break
@@ -190,6 +187,14 @@ def play_out(model, tokenizer, envs, human, keys, *, max_tokens, **decoding):
                 output=tokenizer.decode(output_ids),
                 output_ids=output_ids)
         active = [i for i in active if envs[i].answer is None]
+
+
+def next_prompt(tokenizer, env, limit):
+    """What the model is to read (a tuple of ids), or None: the dialogue has grown beyond `limit` tokens, and ends."""
+    prompt, _ = render(tokenizer, env.messages)
+    if len(prompt) > limit and env.turns:
+        return env.stop()
+    return tuple(prompt)
 
 
 def ask_human(human, envs):

@@ -152,8 +152,7 @@ class DialogueEnv:
 
     def stop(self):
         """End where no turn fits into the model's context any more: the last one is graded."""
-        if self.messages[-1]["role"] == "user":
-            self.messages.pop()
+        self.messages.pop()  # the reply
         self.answer = self.messages[-1]["content"].strip()
 
     def observe(self, reply):

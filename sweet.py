@@ -83,7 +83,7 @@ class Eval:
     top_p: float = arg(0.9, most=1)
     """The second way of decoding; the first is plain sampling at temperature 1. 1: that alone."""
     methods: str = "base,rft,multiturn,actor"
-    """Whom to evaluate: METHOD[,METHOD]. With base alone nothing is trained."""
+    """Whom to evaluate: METHOD[,METHOD]. With base alone the stage eval trains nothing."""
 
     @property
     def names(self):
@@ -164,7 +164,7 @@ class Run:
             left_out |= {"eval", "credit"}
         self.stages = {}
         for name, stage in STAGES.items():
-            unseen = METHODS.keys() - settings["eval"].names if name == "eval" else ()
+            unseen = METHODS.keys() - settings["eval"].names if name == "eval" and self.methods is METHODS else ()
             after = [other for other in stage.after if other not in left_out and other not in unseen]
             self.stages[name] = dataclasses.replace(stage, after=after)
         values = flat(settings, task=options.task, seed=self.seed)
@@ -439,8 +439,7 @@ def stage_multiturn(run):
 def stage_eval(run):
     tasks, cfg, loaded = run.held_out(), run.settings["eval"], {}
     names = [name for name in METHODS if name in cfg.names] if run.variant == run.root else ["actor"]
-    ways = dict.fromkeys((1.0, cfg.top_p))
-    todo = list(itertools.product(names, ways, range(len(tasks))))
+    todo = list(itertools.product(names, dict.fromkeys((1.0, cfg.top_p)), range(len(tasks))))
     human = run.human(held_out=True)
 
     def play(method, top_p, chosen):
@@ -494,6 +493,7 @@ class Stage:
 
 
 LOADED = ("dtype", "attention")
+HELD_OUT = ("tasks", "heldout", "eval.tasks", "eval.first", "eval.split")
 TRAINED = (*LOADED, "lora")
 HUMAN = ("human", "human.max_tokens", "human.temperature", "human.prompt", "human.leaks")
 PLAYED = (*HUMAN, "instructions", "clip", "rollout.max_turns", "rollout.max_tokens", "rollout.call_seconds",
@@ -511,12 +511,12 @@ STAGES = {
     "rft": Stage(stage_rft, "rft", ("rollout",), ("rft.*", *TRAINED)),
     "multiturn": Stage(stage_multiturn, "multiturn", ("rollout",), ("pairs.margin", "multiturn.*", *TRAINED)),
     "eval": Stage(stage_eval, "eval.jsonl", ("base", "actor", "rft", "multiturn"),
-                  ("eval.*", "heldout", "heldout_human", *PLAYED, *LOADED)),
+                  ("eval.*", "tasks", "heldout", "heldout_human", *PLAYED, *LOADED)),
     "credit": Stage(credit.check, "credit.json", ("critic",), (
-        "eval.tasks", "eval.first", "eval.split", "heldout", "candidates.n", "credit.*", *PLAYED)),
+        *HELD_OUT, "candidates.n", "credit.*", *PLAYED)),
     "report": Stage(stage_report, "report.html", ("actor", "rft", "multiturn", "eval", "credit")),
     "best-of-n": Stage(best_of_n.play, "best-of-n.jsonl", ("critic",), (
-        "eval.tasks", "eval.first", "eval.split", "heldout", "heldout_human", *PLAYED)),
+        *HELD_OUT, "heldout_human", *PLAYED)),
 }
 
 

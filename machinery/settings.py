@@ -138,7 +138,7 @@ class Record:
         for stage in self.needs(name):
             stale |= changed[stage]
         if stale:
-            made = [stage for stage in self.needs("report") if stale.keys() & changed[stage].keys()]
+            made = [stage for stage in self.stages if stale.keys() & changed[stage].keys()]
             first = [stage for stage in made if not set(self.needs(stage)) & set(made) - {stage}]
             command = shlex.join(["rm", "-r", *self.what_follows(made)])
             raise InputError(f"{self.file(made[0])}: {made[0]} was made with {'; '.join(stale.values())}; use another "

@@ -19,9 +19,12 @@ class Speed:
     def __init__(self, machine):
         self.machine, self.hooks = machine, []
         self.written = self.read = self.learned = self.operations = 0
-        self.on_gpu = machine.device.startswith("cuda") and torch.cuda.is_available()
-        if self.on_gpu:
+        if self.on_gpu():
             torch.cuda.reset_peak_memory_stats(machine.device)
+
+    def on_gpu(self):
+        """Whether a GPU is in use; asking for it does not take one into use."""
+        return self.machine.device.startswith("cuda") and torch.cuda.is_initialized()
 
     def wrote(self, tokens):
         """So many tokens were sampled."""
@@ -54,7 +57,7 @@ class Speed:
             hook.remove()
         rates = {name: getattr(self, name) / seconds for name in ("written", "read", "learned")}
         if self.operations:
-            if self.on_gpu:
+            if self.on_gpu():
                 rates["gib"] = torch.cuda.max_memory_allocated(self.machine.device) / 2 ** 30
             rates["share"] = self.operations / seconds / peak(self.machine)
         self.__init__(self.machine)

@@ -24,6 +24,7 @@ from env import answers_in_code, render
 from machinery.bootstrap import interval, resample_weights
 from machinery.files import InputError, read_jsonl, write_groups
 from machinery.schema import unfold
+from machinery.train import context_of
 from simulator import tell_leaks
 
 NUMBERS = (1, 2, 4, 8, 16, 32)
@@ -40,6 +41,7 @@ class BestOfN:
         self.scorer = SimpleNamespace(model=load, path=run.path, world=run.world, grade=run.grade)
         self.model, self.tokenizer = load("base")
         self.max_tokens = run.settings["rollout"].max_tokens
+        self.limit = context_of(self.model) - self.max_tokens
 
     def candidates(self, seats):
         """A state {"task", "messages", "candidates"} for each seat (env, n, key), in a single pass of sampling."""
@@ -83,6 +85,7 @@ class BestOfN:
         while seats:
             actor.ask_human(human, [env for env, _, _ in seats])
             seats = [seat for seat in seats if seat[0].messages[-1]["role"] == "user"]
+            seats = [seat for seat in seats if actor.next_prompt(self.tokenizer, seat[0], self.limit)]
             if seats:
                 self.speak(seats)
             seats = [seat for seat in seats if seat[0].answer is None]

@@ -41,7 +41,7 @@ def add_faults(trajectories, end, cfg, grade=None):
     for i, (trajectory, task) in enumerate(zip(trajectories, tasks)):
         if task.test_cases and not trajectory["reward"] and not ran(grade, trajectory["answer"], task):
             unknown.append(i)
-    found = programs([trajectories[i]["answer"] for i in unknown], [tasks[i] for i in unknown])
+    found = programs([trajectories[i]["answer"] for i in unknown], [tasks[i] for i in unknown], cfg.call_seconds)
     for i, kind in zip(unknown, found):
         kinds[i] = kind
     for trajectory, task, kind in zip(trajectories, tasks, kinds):

@@ -70,6 +70,21 @@ def test_one_candidate_is_plain_sampling(played, model, tokenizer, tasks):
         assert (record["answer"], record["reward"]) == (trajectory["answer"], trajectory["reward"])
 
 
+def test_a_full_context_ends_a_dialogue_on_its_last_turn(played, tmp_path, model, tokenizer, tasks, monkeypatch):
+    third = []  # tokens that the policy has to read for its third turn
+    for record in dialogues(played)[:7]:
+        if len(record["dialogue_history"]) > 4:
+            third.append(len(render(tokenizer, record["dialogue_history"][:5])[0]))
+    monkeypatch.setattr(model.config, "max_position_embeddings", max(third) + 9 - 1)  # the longest has no room
+    run = run_in(tmp_path / "run", model, tokenizer, tasks[:7])
+    best_of_n.play(run, [1])
+    keys = [(run.seed, "eval", i) for i in range(7)]
+    plain = actor.play_tasks(model, tokenizer, tasks[:7], run.human(True), keys, run.settings["rollout"])
+    found = [record["dialogue_history"] for record in dialogues(run)]
+    assert found == [actor.bare(trajectory["dialogue_history"]) for trajectory in plain]
+    assert sum(map(len, found)) < sum(len(record["dialogue_history"]) for record in dialogues(played)[:7])
+
+
 def test_the_best_of_the_first_n_is_played(played, model, tokenizer):
     """Every turn again, each candidate sampled by itself."""
     different = set()

@@ -9,6 +9,7 @@ import actor
 import report
 import sweet as program
 from env import ANSWER_MARKER, LAST_TURN, DialogueEnv, Grader, Task, answers_in_code, end_of_turn
+from machinery import sandbox
 from machinery.answers import programs
 from machinery.files import InputError
 from machinery.train import check_context
@@ -49,6 +50,18 @@ def test_a_turn_with_the_function_is_an_answer_where_that_is_asked_for(on):
         assert env.answer == (text.strip() if answers else None)
 
 
+def test_a_text_is_run_once_for_all_that_say_it(monkeypatch):
+    run, jobs = sandbox.run, []
+
+    def counting(asked, *limits):
+        jobs.extend(asked)
+        return run(asked, *limits)
+    monkeypatch.setattr(sandbox, "run", counting)
+    texts = [REFERENCE, "I cannot", REFERENCE, REFERENCE]
+    assert programs(texts, [TASK] * 4) == ["function", "", "function", "function"]
+    assert len(jobs) == 2
+
+
 def test_what_the_grader_has_seen_run_is_not_run_again(monkeypatch):
     texts = ["def area(r):\n    return 4", "def area(r):\n    raise ValueError", "I cannot"]
     grader = Grader()
@@ -58,9 +71,9 @@ def test_what_the_grader_has_seen_run_is_not_run_again(monkeypatch):
 
     asked = []
 
-    def counting(texts, tasks):
+    def counting(texts, tasks, call_seconds):
         asked.extend(texts)
-        return programs(texts, tasks)
+        return programs(texts, tasks, call_seconds)
     monkeypatch.setattr(faults, "programs", counting)
     history = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "output_ids": [1]}]
 

@@ -469,6 +469,25 @@ def test_only_what_depends_on_a_setting_is_refused(tmp_path, flags, first, free)
         assert f"{first} was made with " in str(end.value) and " now it is " in str(end.value)
 
 
+@pytest.mark.parametrize("stage", ["eval", "credit", "best-of-n"])
+def test_held_out_tasks_may_be_the_first_of_a_file(tmp_path, stage):
+    """Then a stage is bound to that file, also where nothing is trained on the rest of it."""
+    line = json.dumps({"problem_description": "p", "ground_truth": "def f():\n    return 1"})
+    (tmp_path / "a.jsonl").write_text(f"{line}\n" * 3)
+    (tmp_path / "b.jsonl").write_text(f"{line}\n" * 4)
+    given = ["--trajectories", str(tmp_path / "a.jsonl"), "--eval-first", "1", "--eval-methods", "base"]
+    claimed(tmp_path / "run", [stage], *given, "--tasks", str(tmp_path / "a.jsonl"))
+    with pytest.raises(InputError, match=f"{stage} was made with tasks"):
+        run_of(tmp_path / "run", *given, "--tasks", str(tmp_path / "b.jsonl")).claim(stage)
+
+
+def test_another_critic_evaluates_its_own_actor(tmp_path):
+    """Whatever methods the run itself evaluates."""
+    assert run_of(tmp_path, "--eval-methods", "base").stages["eval"].after == ["base"]
+    other = run_of(tmp_path, "--eval-methods", "base", "--critic", "untrained")
+    assert other.stages["eval"].after == ["base", "actor"]
+
+
 def test_the_message_names_all_that_has_to_go_once(tmp_path):
     claimed(tmp_path)
     claimed(tmp_path, ["critic", "candidates", "pairs", "actor", "eval"], "--critic=without-c")

@@ -44,7 +44,7 @@ def test_memory_on_a_gpu_is_that_of_the_stage(counted, monkeypatch):
     """No GPU is needed: what torch would count there is given."""
     model, _ = counted
     held = {"peak": 7 * 2 ** 30}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.update(peak=0))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held["peak"])
     found = speed.Speed(Machine(device="cuda:0"))
@@ -54,6 +54,11 @@ def test_memory_on_a_gpu_is_that_of_the_stage(counted, monkeypatch):
     ended = found.end(2.0)
     assert ended["gib"] == 1.5 and speed.in_words(ended).endswith("of the peak; 1.5 GiB")
     assert held["peak"] == 0  # the next stage starts anew
+
+
+def test_a_gpu_that_is_not_there_is_left_to_the_check_of_devices():
+    for device in ("cuda", "cuda:9", "cudax"):
+        assert speed.Speed(Machine(device=device)).end(1.0) == {}
 
 
 def test_what_is_frozen_takes_no_gradient(counted):

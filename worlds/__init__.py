@@ -57,8 +57,8 @@ class World:
         raise InputError("this world has no scripted human: give another one, --human")
 
     def human(self, spec, server, machine, seed):
-        """The human that `--human` names (simulator.Human). Called once by each stage that plays dialogues. Your own
-        where a person sees more than text."""
+        """The human that a SPEC of `--human` or `--heldout-human` names (simulator.Human). Called for each SPEC by each
+        stage that plays dialogues. Your own where a person sees more than text."""
         return make_human(spec, self.respond, seed, server, machine)
 
     def grader(self, clip, call_seconds):
