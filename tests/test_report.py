@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import report
+import sweet as program
 from docs import pictures
 from env import ANSWER_MARKER, render
-from machinery import bootstrap
+from machinery import bootstrap, folder
 from machinery.files import InputError
 from machinery.provenance import commit, provenance
 from studies import results
@@ -549,6 +550,23 @@ def test_initial_policy_from_elsewhere(whole_run, page, tmp_path):
     numbers = re.findall(r"<b>.*?</b>", page)
     assert re.findall(r"<b>.*?</b>", (tmp_path / "out.html").read_text(encoding="utf-8")) == numbers and numbers
     assert all("better than" in text or "nothing else" in text for text in numbers)
+
+
+def test_files_from_elsewhere_are_found_by_their_paths(tmp_path, monkeypatch):
+    """A run's settings hold a file's name and content; where it lies, the flags know."""
+    task, = make_tasks(1, 0, "train")
+    row = record("", 1, task.to_record(), "which ones?", task.ground_truth, 1.0)
+    write_lines(tmp_path / "t.jsonl", [row])
+    (tmp_path / "a.gguf").write_text("a model")
+    run = program.open_run(["critic", "--run", str(tmp_path / "run"), "--model", str(tmp_path / "a.gguf"),
+                            "--trajectories", str(tmp_path / "t.jsonl")])
+    run.claim("critic")
+    folder.keep(run)
+    found = report.RunFolder(run.root)
+    assert found.settings["model"].startswith("a.gguf (sha256 ")
+    monkeypatch.setattr(report, "load_model", lambda path, machine: path)
+    assert found.model("base") == str(tmp_path / "a.gguf")
+    assert len(list(found.offline())) == 1
 
 
 @pytest.mark.slow
