@@ -434,10 +434,8 @@ def with_pairs(states, pairs, most):
         state["pairs"] = []
         while waiting < len(pairs) and len(state["pairs"]) < most:
             names = tuple(pairs[waiting][side][0]["content"] for side in ("chosen", "rejected"))
-            foreign = pairs[waiting]["prompt"] != state["messages"] or not texts.issuperset(
-                names
-            )
-            if foreign or names in state["pairs"]:
+            foreign = fold(pairs[waiting]["prompt"]) != state["messages"]
+            if foreign or not texts.issuperset(names) or names in state["pairs"]:
                 break
             state["pairs"].append(names)
             waiting += 1

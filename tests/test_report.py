@@ -15,7 +15,7 @@ import report
 import sweet as program
 from docs import pictures
 from env import ANSWER_MARKER, render
-from machinery import bootstrap, folder
+from machinery import bootstrap, folder, schema
 from machinery.files import InputError
 from machinery.provenance import commit, provenance
 from studies import results
@@ -387,6 +387,16 @@ def test_pairs_belong_to_their_state():
         [("x", "y")],
         [("x", "z"), ("x", "y")],
     ]  # the first state had but one pair
+
+
+def test_pairs_belong_to_their_state_behind_a_system_message():
+    """In pairs.jsonl it is a message, in candidates.jsonl a field of the user's."""
+    words = [{"role": "user", "content": "hello"}]
+    state = {"messages": [{**words[0], "system": "s"}], "candidates": [{"content": c} for c in "xy"]}
+    pair = {"chosen": [{"content": "x"}], "rejected": [{"content": "y"}]}
+    for prompt, found in ((schema.unfold(state["messages"]), [("x", "y")]), (words, [])):
+        shown, = report.with_pairs([dict(state)], [{"prompt": prompt, **pair}], 2)
+        assert shown["pairs"] == found
 
 
 def test_points_are_less_their_states_mean(whole_run):
