@@ -15,8 +15,9 @@ import report
 import sweet as program
 from docs import pictures
 from env import ANSWER_MARKER, render
-from machinery import bootstrap, folder, schema
+from machinery import bootstrap, schema
 from machinery.files import InputError
+from machinery.folder import keep
 from machinery.provenance import commit, provenance
 from studies import results
 from worlds import backend, frontend
@@ -571,7 +572,7 @@ def test_files_from_elsewhere_are_found_by_their_paths(tmp_path, monkeypatch):
     run = program.open_run(["critic", "--run", str(tmp_path / "run"), "--model", str(tmp_path / "a.gguf"),
                             "--trajectories", str(tmp_path / "t.jsonl")])
     run.claim("critic")
-    folder.keep(run)
+    keep(run)
     found = report.RunFolder(run.root)
     assert found.settings["model"].startswith("a.gguf (sha256 ")
     monkeypatch.setattr(report, "load_model", lambda path, machine: path)

@@ -28,8 +28,9 @@ FILES = ("study.md", "study.json", "study.svg")
 
 
 def a_run(root, methods=program.Eval.methods, **options):
-    settings = {"eval": program.Eval(methods=methods), "study": study.Study(**options), "rollout": actor.Rollout(tasks=160, per_task=8),
-                "candidates": actor.Candidates(states=4000), "critic": critic.Critic()}
+    settings = {"study": study.Study(**options), "rollout": actor.Rollout(tasks=160, per_task=8),
+                "candidates": actor.Candidates(states=4000), "critic": critic.Critic(),
+                "eval": program.Eval(methods=methods)}
     return SimpleNamespace(root=root, settings=settings, given=Given(), initial="", world=backend.Backend(), seed=0,
                            record=SimpleNamespace(values={}))
 
