@@ -138,16 +138,15 @@ class DialogueEnv:
         return self.messages
 
     def step(self, action, in_code=False, **extra):
-        """Append the agent's turn (in_code: it is the answer, marker or not; extra: output_ids and the like, kept with
-        the message). True when the dialogue is over."""
+        """Append the agent's turn (in_code: it is the answer, marker or not, and kept as such; extra: output_ids and
+        the like, kept with the message). True when the dialogue is over."""
         if self.answer is not None or self.messages[-1]["role"] != "user":
             raise ValueError("step() needs a human's message to respond to: call reset() or observe() first")
         self.messages.append({"role": "assistant", "content": action, **extra})
         self.turns += 1
-        if ANSWER_MARKER in action:
-            self.answer = action.split(ANSWER_MARKER, 1)[1].strip()
-        elif in_code or self.turns >= self.max_turns:
-            self.answer = action.strip()
+        self.in_code = in_code
+        if ANSWER_MARKER in action or in_code or self.turns >= self.max_turns:
+            self.answer = action.split(ANSWER_MARKER, 1)[-1].strip()
         return self.answer is not None
 
     def stop(self):

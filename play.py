@@ -82,6 +82,8 @@ class Dialogue:
         key = (self.run.seed, "play", self.seed)
         actor.play_out(model, tokenizer, [self.env], Pause(), [key],
                        top_p=top_p, max_tokens=cfg.max_tokens)
+        if self.env.turns == len(self.states):  # it stopped without a turn
+            raise InputError("that does not fit into the model's context; say less")
         record = {"task": self.task.to_record(), "dialogue_history": self.env.messages, "answer": self.env.answer}
         state = report.agent_states(record)[-1]
         loaded = SimpleNamespace(
@@ -144,7 +146,7 @@ class Dialogue:
         """How it ended, in a line, and the record as it is to be shown."""
         world, reward = self.run.world, self.record["reward"]
         end, record = f"{world.REWARD}: {reward:.0%}.", self.record
-        if ANSWER_MARKER not in self.env.messages[-1]["content"] and not self.env.answer_on_code:
+        if ANSWER_MARKER not in self.env.messages[-1]["content"] and not self.env.in_code:
             end = f"It did not answer: its last turn is graded as it is. {end}"
             record = {**record, "answer": record["answer"] if reward else ""}
         return end, record

@@ -31,6 +31,7 @@ from env import ANSWER_MARKER, Task, action_tokens
 from machinery import charts
 from machinery.bootstrap import interval
 from machinery.files import InputError, clean, note, put_text, read_json
+from machinery.folder import remembered
 from machinery.schema import fold, read_records, task_key, trajectory
 from machinery.train import Machine, load_model
 from studies import faults
@@ -345,12 +346,17 @@ class RunFolder:
             found |= read_json(file, {})
         return found
 
+    @cached_property
+    def given(self):
+        """The flags, with the paths of what the user brought: `settings` knows a file by its fingerprint alone."""
+        return remembered(self.root, "", lambda file: read_json(file, {}))
+
     def path(self, name):
         return self.own / name
 
     def offline(self):
         """Yield the offline dialogues."""
-        file = Path(self.settings.get("trajectories") or self.root / "trajectories.jsonl")
+        file = Path(self.given.get("trajectories") or self.root / "trajectories.jsonl")
         for _, record in read_records(file, trajectory()) if file.exists() else ():
             yield {**record, "dialogue_history": fold(record["dialogue_history"])}
 
@@ -361,7 +367,7 @@ class RunFolder:
     def model(self, name):
         """The initial policy ("base"; perhaps the user's own) or the critic, in the run's number format."""
         tuned = self.settings.get("base.documents")
-        given = self.settings.get("model") if name == "base" and not tuned else None
+        given = self.given.get("model") if name == "base" and not tuned else None
         kept = {
             key: self.settings[key] for key in ("dtype", "attention") if key in self.settings
         }
@@ -428,10 +434,8 @@ def with_pairs(states, pairs, most):
         state["pairs"] = []
         while waiting < len(pairs) and len(state["pairs"]) < most:
             names = tuple(pairs[waiting][side][0]["content"] for side in ("chosen", "rejected"))
-            foreign = pairs[waiting]["prompt"] != state["messages"] or not texts.issuperset(
-                names
-            )
-            if foreign or names in state["pairs"]:
+            foreign = fold(pairs[waiting]["prompt"]) != state["messages"]
+            if foreign or not texts.issuperset(names) or names in state["pairs"]:
                 break
             state["pairs"].append(names)
             waiting += 1

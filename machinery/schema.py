@@ -71,7 +71,8 @@ def is_number(value):
 
 def fold(messages):
     """Messages without a system message in front: its text is the field `system` of the user's first message, so that
-    all turns have the same places with one and without. Files hold the message, everybody in here reads it so."""
+    all turns have the same places with one and without. Trajectories, pairs, evaluations and plays hold the message in
+    their files; samples.jsonl, candidates.jsonl and credit.jsonl hold the field."""
     if len(messages) < 2 or messages[0]["role"] != "system":
         return messages
     system, first, *rest = messages
@@ -79,7 +80,7 @@ def fold(messages):
 
 
 def unfold(messages):
-    """The same with the system message in front, as files hold it."""
+    """The same with the system message in front, as files for others hold it."""
     first, *rest = messages
     if not first.get("system"):
         return messages

@@ -51,6 +51,9 @@ def check_start(run, stage, todo):
             check_adapters("--lora")
     if run.settings["rollout"].answer_on_code and "test_cases" in run.world.OPTIONAL:
         raise InputError("--answer-on-code: the answers of this --task are no functions; expected one with test cases")
+    if "eval" in todo and run.world.PAIRED and "base" not in run.settings["eval"].names:
+        raise InputError(f"--eval-methods {run.settings['eval'].methods}: expected base among them, with which "
+                         "this --task compares the others")
     for group in sorted(todo & {"critic", "actor", "multiturn"}):
         load(run.settings[group].loss, f"--{group}-loss")
     if todo & {"base", "play", *DIALOGUES}:

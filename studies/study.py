@@ -150,6 +150,10 @@ def check(run, name):
         raise InputError(f"--trajectories: study {name} rolls out dialogues of its own")
     if run.given.candidates and name in ("data", "rounds"):
         raise InputError(f"--candidates: study {name} samples candidates of its own")
+    methods = run.settings["eval"]
+    if name != "best-of-n" and not {"base", "actor"} <= set(methods.names):
+        raise InputError(f"--eval-methods {methods.methods}: expected base and actor among them: study {name} compares "
+                         "them")
 
 
 def chains(run, name, seeds):
@@ -278,7 +282,8 @@ def rounds_table(run, seeds, quality):
     ways = sorted({top_p for _, top_p in means}, reverse=True)
     keys = [("base policy", (1, "base"))]
     for number in numbers:
-        keys += [(f"round {number}: {method}", (number, method)) for method in METHODS[1:]]
+        keys += [(f"round {number}: {method}", (number, method)) for method in METHODS[1:]
+                 if ((number, method), ways[0]) in means]
     rows, figures, bars = [], [], {}
     for label, key in keys:
         start = key[0], "base"

@@ -207,6 +207,15 @@ def test_pages_are_no_functions(tmp_path, capsys):
     assert "--answer-on-code" in main(capsys, "rollout", "--task", "frontend", "--run", tmp_path, "--answer-on-code")
 
 
+def test_pages_are_compared_with_the_base_policys(tmp_path, capsys, monkeypatch):
+    for begins in ("work", "table"):
+        monkeypatch.setattr(program, begins, lambda *_: None)
+    pages = ("--task", "frontend", "--run", tmp_path / "pages", "--eval-methods", "rft,actor")
+    for stage in ("eval", "table"):
+        assert "sweet: --eval-methods rft,actor: expected base among them" in main(capsys, stage, *pages)
+    assert not main(capsys, "critic", *pages)  # evaluates nobody
+
+
 def test_held_out_tasks_are_enough_for_base_alone(tmp_path, capsys):
     file = tmp_path / "tasks.jsonl"
     file.write_text(json.dumps(TASK.to_record()) + "\n")

@@ -1,4 +1,5 @@
 """Talking to the agent: whole dialogues in the terminal, and clicked through in a real browser."""
+import copy
 import io
 import json
 import os
@@ -13,14 +14,16 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import free_port, save_model
 
+import actor
 import critic
 import play
 import sweet as program
-from env import Task, grade, read_trajectories
+from env import ANSWER_MARKER, INSTRUCTIONS, Task, grade, read_trajectories
 from machinery.files import InputError
 from worlds import backend, beside, browser
 from worlds.frontend import Frontend
@@ -213,6 +216,42 @@ def test_the_last_words_are_told_before_the_last_reply(small):
         assert len(offers) == 2
         assert [offer.endswith(" Now I have to go, please send me the result.") for offer in offers] == [turn == 3] * 2
         dialogue.reply(offers[0])
+
+
+def bare_run(folder, **rollout):
+    """What a Dialogue asks of a run, without one."""
+    settings = {"rollout": actor.Rollout(**rollout), "eval": program.Eval(), "critic": None}
+    return SimpleNamespace(root=folder, settings=settings, instructions=INSTRUCTIONS, world=backend.Backend(), seed=0,
+                           grade=grade, path=None)
+
+
+def test_a_reply_that_does_not_fit_is_not_said(model, tokenizer, tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(play.report, "judge_states", lambda *_: None)
+    small = copy.deepcopy(model)
+    small.config.max_position_embeddings = 400
+    run = bare_run(tmp_path, max_turns=9, max_tokens=20)
+    dialogue = play.Dialogue(run, lambda name: (small, tokenizer), tasks, "actor", 1)
+    before = copy.deepcopy(vars(dialogue.env))
+    for _ in range(2):
+        with pytest.raises(InputError, match="does not fit into the model's context; say less"):
+            dialogue.reply("7" * 250)
+        assert vars(dialogue.env) == before and dialogue.record is None and len(dialogue.states) == 1
+    assert not (tmp_path / "plays.jsonl").exists()
+    dialogue.reply("7")
+    assert [message["content"] for message in dialogue.env.messages[2::2]] == ["7"] and len(dialogue.states) == 2
+
+
+@pytest.mark.parametrize("last, in_code, answered", [
+    ("Which unit?", False, False), ("def f(): pass", True, True), (f"{ANSWER_MARKER} 3", False, True)])
+def test_a_question_is_no_answer_where_code_would_be(tasks, tmp_path, last, in_code, answered):
+    class Ends(play.Dialogue):
+        def hear(self):
+            self.env.step(last, in_code)
+            self.record = {"answer": self.env.answer, "reward": 0.0}
+    run = bare_run(tmp_path, max_turns=1, answer_on_code=True)
+    end, record = Ends(run, None, tasks, "actor", 1).outcome()
+    assert end.startswith("It did not answer: ") is not answered
+    assert bool(record["answer"]) is answered
 
 
 def test_the_same_seed_is_the_same_dialogue(small, talk):

@@ -14,7 +14,7 @@ from machinery.files import InputError
 from machinery.start import stages_to_do
 from machinery.train import Machine, fit, load_model
 from worlds import World
-from worlds.backend import Backend, read_function
+from worlds.backend import Backend, known_steps, read_function
 from worlds.blind import Blind
 
 
@@ -34,17 +34,30 @@ def opened(*argv):
     return program.open_run(list(argv))
 
 
-@pytest.mark.parametrize("world", [Backend(), Blind()])
-def test_what_it_is_tuned_on_never_saw_the_reference(world):
-    """The demonstrator who reads c asks mostly about steps that c has; who does not hits them by chance."""
+def asked_about_c(messages):
+    """Of each question, whether the human had something to say: whether it was about a step that c has."""
+    return [bool(known_steps([message])) for message in messages[2::2]]
+
+
+def answered_untold(messages):
+    """Whether the answer has a step that the human never told."""
+    return [not read_function(messages[-1]["content"]).keys() <= known_steps(messages).keys()]
+
+
+@pytest.mark.parametrize("world, share_of, bound", [(Backend(), asked_about_c, 0.5), (Blind(), answered_untold, 0.3)])
+def test_what_it_is_tuned_on_never_saw_the_reference(world, share_of, bound):
+    """The demonstrator who reads c asks mostly about steps that c has; who does not hits them by chance (c has three of
+    six). In the blind world nobody's questions show c, but answers do: who reads it has steps that were never told."""
+    def share(documents):
+        seen = [hit for messages, _ in documents for hit in share_of(messages)]
+        return sum(seen) / len(seen)
     found = world.documents_without_c(400, seed=3)
     assert len(found) == 400 and all(reference is None for _, reference in found)
     everything = world.documents(1616, seed=3)
     assert found == [one for one in everything if one[1] is None][:400]
     text = REFERENCE_PREFIX.split("{reference}")[0]
     assert not any(text in message["content"] for messages, _ in found for message in messages)
-    answers = [read_function(messages[-1]["content"]) for messages, _ in found]
-    assert len(answers) == 400
+    assert share(found) < bound < share([one for one in everything if one[1] is not None])
 
 
 def test_a_world_that_always_shows_it():

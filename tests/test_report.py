@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import report
+import sweet as program
 from docs import pictures
 from env import ANSWER_MARKER, render
-from machinery import bootstrap
+from machinery import bootstrap, schema
 from machinery.files import InputError
+from machinery.folder import keep
 from machinery.provenance import commit, provenance
 from studies import results
 from worlds import backend, frontend
@@ -388,6 +390,16 @@ def test_pairs_belong_to_their_state():
     ]  # the first state had but one pair
 
 
+def test_pairs_belong_to_their_state_behind_a_system_message():
+    """In pairs.jsonl it is a message, in candidates.jsonl a field of the user's."""
+    words = [{"role": "user", "content": "hello"}]
+    state = {"messages": [{**words[0], "system": "s"}], "candidates": [{"content": c} for c in "xy"]}
+    pair = {"chosen": [{"content": "x"}], "rejected": [{"content": "y"}]}
+    for prompt, found in ((schema.unfold(state["messages"]), [("x", "y")]), (words, [])):
+        shown, = report.with_pairs([dict(state)], [{"prompt": prompt, **pair}], 2)
+        assert shown["pairs"] == found
+
+
 def test_points_are_less_their_states_mean(whole_run):
     points = report.credit_points(report.RunFolder(whole_run))
     assert points == {"useful or right": ([0.5], [25.0]), "useless or wrong": ([-0.5], [-25.0])}
@@ -549,6 +561,23 @@ def test_initial_policy_from_elsewhere(whole_run, page, tmp_path):
     numbers = re.findall(r"<b>.*?</b>", page)
     assert re.findall(r"<b>.*?</b>", (tmp_path / "out.html").read_text(encoding="utf-8")) == numbers and numbers
     assert all("better than" in text or "nothing else" in text for text in numbers)
+
+
+def test_files_from_elsewhere_are_found_by_their_paths(tmp_path, monkeypatch):
+    """A run's settings hold a file's name and content; where it lies, the flags know."""
+    task, = make_tasks(1, 0, "train")
+    row = record("", 1, task.to_record(), "which ones?", task.ground_truth, 1.0)
+    write_lines(tmp_path / "t.jsonl", [row])
+    (tmp_path / "a.gguf").write_text("a model")
+    run = program.open_run(["critic", "--run", str(tmp_path / "run"), "--model", str(tmp_path / "a.gguf"),
+                            "--trajectories", str(tmp_path / "t.jsonl")])
+    run.claim("critic")
+    keep(run)
+    found = report.RunFolder(run.root)
+    assert found.settings["model"].startswith("a.gguf (sha256 ")
+    monkeypatch.setattr(report, "load_model", lambda path, machine: path)
+    assert found.model("base") == str(tmp_path / "a.gguf")
+    assert len(list(found.offline())) == 1
 
 
 @pytest.mark.slow

@@ -27,9 +27,10 @@ SMALL = ["--smoke", "--rollout-tasks=40", "--candidates-states=30", "--eval-task
 FILES = ("study.md", "study.json", "study.svg")
 
 
-def a_run(root, **options):
+def a_run(root, methods=program.Eval.methods, **options):
     settings = {"study": study.Study(**options), "rollout": actor.Rollout(tasks=160, per_task=8),
-                "candidates": actor.Candidates(states=4000), "critic": critic.Critic()}
+                "candidates": actor.Candidates(states=4000), "critic": critic.Critic(),
+                "eval": program.Eval(methods=methods)}
     return SimpleNamespace(root=root, settings=settings, given=Given(), initial="", world=backend.Backend(), seed=0,
                            record=SimpleNamespace(values={}))
 
@@ -79,7 +80,10 @@ def test_a_round_starts_from_the_actor_before_it_on_other_tasks(tmp_path):
     ({"sizes": "1,0/3,x"}, {}, "data", "--study-sizes 1,0/3,x: expected"),
     ({"critics": "untraind"}, {}, "critics", "--study-critics untraind: expected "),
     ({}, {"trajectories": "t.jsonl"}, "rounds", "--trajectories: study rounds rolls out"),
-    ({}, {"candidates": "c.jsonl"}, "data", "--candidates: study data samples")])
+    ({}, {"candidates": "c.jsonl"}, "data", "--candidates: study data samples"),
+    ({"methods": "rft,actor"}, {}, "data", "--eval-methods rft,actor: expected base and actor among them: study data"),
+    ({"methods": "base,rft"}, {}, "rounds", "--eval-methods base,rft: expected base and actor among them"),
+    ({"methods": "base"}, {}, "critics", "--eval-methods base: expected base and actor among them")])
 def test_what_no_study_can_begin_with(tmp_path, options, given, name, said):
     run = a_run(tmp_path, **options)
     run.given = Given(**given)
@@ -194,6 +198,23 @@ def test_sizes_and_rounds_against_a_bootstrap_by_hand(tmp_path):
                 agrees(found[row, "gain of the round, top-p 0.9"], by_hand(of("SWEET"), of("base")))
         assert "SWEET" in text
         ElementTree.fromstring((root / "study.svg").read_text())
+
+
+def test_a_study_of_some_methods(tmp_path):
+    """Whoever was not evaluated has no row."""
+    for name in ("critics", "data", "rounds"):
+        run = a_run(tmp_path / name, "base,actor", rounds=2, sizes="1/4,1")
+        assert study.chains(run, name, [0])
+        for folder in ("", "-round2", "-size1", "-size1of4"):
+            place = run.root / f"seed0{folder}"
+            write_eval(place, ["base", "SWEET"], backend.make_tasks(5, 0, "test"), random.Random(0))
+            (place / "trajectories.jsonl").write_text("{}\n")
+        study.finish(run, name, range(1), None)
+        rows = {row for row, _ in figures_of(run.root)}
+        assert not {row for row in rows if "RFT" in row or "DPO" in row}
+        if name == "rounds":
+            assert rows == {"base policy", "round 1: SWEET", "round 2: SWEET"}
+    assert study.chains(a_run(tmp_path, "actor"), "best-of-n", [0])  # evaluates nobody
 
 
 def test_other_tasks_at_another_size_are_refused(tmp_path):
