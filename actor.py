@@ -73,7 +73,7 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Actor:
+class ActorSettings:
     """DPO on turn pairs (Eq. 4)."""
     lr: float = 1e-3
     """Learning rate."""

@@ -45,7 +45,7 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Critic:
+class CriticSettings:
     """Which critic, and its training (Eq. 2)."""
     kind: str = arg("bradley-terry", flag="critic")
     """Which critic: a name in studies/critics.py, or module:Class."""

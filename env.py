@@ -192,6 +192,8 @@ def render(tokenizer, messages, reference=None):
     agent read and wrote stays, so that the ids of a dialogue's beginning are the beginning of its ids. ValueError
     where a template cannot be used so.
     """
+    # what the template writes: .first and .later, (control ids, text) before the human's first and each later message;
+    # .opening, before the agent's turn; .end, the id that ends it
     around = scaffold(tokenizer)
     messages = schema.fold(messages)
     input_ids, turn_ids = [], []
@@ -205,8 +207,8 @@ def render(tokenizer, messages, reference=None):
             ended = ids[-1:] == [around.end]
         else:
             control, front = around.first if i == 0 else around.later
-            if ended:
-                control = control[1:]  # without the template's own end of turn
+            if ended:  # the agent wrote the end token itself, and `later` begins with it
+                control = control[1:]
             if i == 0 and message.get("system"):
                 control, front = in_front_of_user(tokenizer, message["system"])
             if i == 0 and reference is not None:

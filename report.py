@@ -377,8 +377,8 @@ class RunFolder:
         return load_model(path, replace(self.machine, **kept))
 
     def critic_settings(self):
-        names = [f.name for f in fields(critic.Critic) if f"critic.{f.name}" in self.settings]
-        return critic.Critic(**{name: self.settings[f"critic.{name}"] for name in names})
+        names = [f.name for f in fields(critic.CriticSettings) if f"critic.{f.name}" in self.settings]
+        return critic.CriticSettings(**{name: self.settings[f"critic.{name}"] for name in names})
 
 
 def offline_table(run):
@@ -742,7 +742,7 @@ def judge_states(run, states, cfg, max_tokens, rows=512):
     """`compare` the turn of each state with SAMPLED turns of the initial policy there: adds "judged", and "candidates",
     of which the turn itself is the last.
 
-    run: .model(name), .world and .grade; cfg: a critic.Critic; rows: turns that are sampled side by side.
+    run: .model(name), .world and .grade; cfg: a critic.CriticSettings; rows: turns that are sampled side by side.
     """
     policy, tokenizer = run.model("base")
     size = max(1, rows // SAMPLED)

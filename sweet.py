@@ -61,7 +61,8 @@ from machinery.reasons import why_no_pair, why_no_success, why_no_turn_pair
 from machinery.seeds import run_chains
 from machinery.server import Server
 from machinery.several import humans_of
-from machinery.settings import Record, check_tasks_given, flat, no_held_out
+from machinery.settings import HELD_OUT, HUMAN, LOADED, PLAYED, TRAINED
+from machinery.settings import Record, check_tasks_given, flat, stages_of_run
 from machinery.start import check_start, machine_here, stages_to_do
 from machinery.speed import Speed
 from machinery.train import Given, Machine, arg, check_finite, check_views, load_model, save_to
@@ -116,9 +117,9 @@ GROUPS = {
     "base": tiny.Base,
     "rollout": actor.Rollout,
     "pairs": critic.Pairs,
-    "critic": critic.Critic,
+    "critic": critic.CriticSettings,
     "candidates": actor.Candidates,
-    "actor": actor.Actor,
+    "actor": actor.ActorSettings,
     "rft": actor.Rft,
     "multiturn": actor.Multiturn,
     "eval": Eval,
@@ -155,24 +156,14 @@ class Run:
         self.grade = self.world.grader(self.given.clip, settings["rollout"].call_seconds)
         plain = settings_of(options, flags=False)
         kind = settings["critic"].kind
-        self.variant, self.methods, left_out = self.root, METHODS, set()
-        if kind != plain["critic"].kind:  # what does not depend on the critic is trained and evaluated without --critic
-            self.variant = self.root / critic_folder(kind)
-            self.methods = {**METHODS, "actor": title_of(kind)}
-            left_out |= {"rft", "multiturn"}
-        if no_held_out(self.given, settings["eval"].first):
-            left_out |= {"eval", "credit"}
-        self.stages = {}
-        for name, stage in STAGES.items():
-            unseen = METHODS.keys() - settings["eval"].names if name == "eval" and self.methods is METHODS else ()
-            after = [other for other in stage.after if other not in left_out and other not in unseen]
-            self.stages[name] = dataclasses.replace(stage, after=after)
+        self.further = kind != plain["critic"].kind  # a critic beside SWEET's: what depends on it is made beside
+        self.variant = self.root / critic_folder(kind) if self.further else self.root
+        self.methods = {**METHODS, "actor": title_of(kind)} if self.further else METHODS
+        self.stages = stages_of_run(STAGES, self)
         values = flat(settings, task=options.task, seed=self.seed)
         defaults = flat(plain, task=options.task, seed=self.seed)
         if self.given.model and documents is not None:
             defaults["base.documents"] = 0  # of a run whose --model was taken as it is
-            more = {"given": "", "own": ("model", *TRAINED)} if self.tunes else {"own": ("model", "base.documents")}
-            self.stages["base"] = dataclasses.replace(self.stages["base"], **more)
         self.redo = to_redo(self)
         self.record = Record(self.stages, values, defaults, self.outputs, self.redo)
 
@@ -492,31 +483,30 @@ class Stage:
     replaced: tuple = ()
 
 
-LOADED = ("dtype", "attention")
-HELD_OUT = ("tasks", "heldout", "eval.tasks", "eval.first", "eval.split")
-TRAINED = (*LOADED, "lora")
-HUMAN = ("human", "human.max_tokens", "human.temperature", "human.prompt", "human.leaks")
-PLAYED = (*HUMAN, "instructions", "clip", "rollout.max_turns", "rollout.max_tokens", "rollout.call_seconds",
-          "rollout.answer_on_code", "rollout.last_turn_notice")
 STAGES = {
-    "base": Stage(stage_base, "base", (), ("model",), "model", ("base.*",)),
-    "rollout": Stage(stage_rollout, "trajectories.jsonl", ("base",), ("trajectories",), "trajectories",
-                     ("tasks", *HUMAN, "instructions", "clip", "eval.first", "rollout.*", *LOADED)),
-    "critic": Stage(stage_critic, "critic", ("rollout",), ("pairs.per_task", "pairs.margin", "critic.*", *TRAINED)),
-    "samples": Stage(stage_samples, "samples.jsonl", ("rollout",), ("candidates", *LOADED), "candidates",
-                     ("candidates.*", "rollout.max_tokens")),
-    "candidates": Stage(stage_candidates, "candidates.jsonl", ("critic", "samples")),
-    "pairs": Stage(stage_pairs, "pairs.jsonl", ("candidates",), ("pairs.per_state",)),
-    "actor": Stage(stage_actor, "actor", ("pairs",), ("actor.*",)),
-    "rft": Stage(stage_rft, "rft", ("rollout",), ("rft.*", *TRAINED)),
-    "multiturn": Stage(stage_multiturn, "multiturn", ("rollout",), ("pairs.margin", "multiturn.*", *TRAINED)),
-    "eval": Stage(stage_eval, "eval.jsonl", ("base", "actor", "rft", "multiturn"),
-                  ("eval.*", "tasks", "heldout", "heldout_human", *PLAYED, *LOADED)),
-    "credit": Stage(credit.check, "credit.json", ("critic",), (
-        *HELD_OUT, "candidates.n", "credit.*", *PLAYED)),
-    "report": Stage(stage_report, "report.html", ("actor", "rft", "multiturn", "eval", "credit")),
-    "best-of-n": Stage(best_of_n.play, "best-of-n.jsonl", ("critic",), (
-        *HELD_OUT, "heldout_human", *PLAYED)),
+    "base": Stage(stage_base, "base", own=("model",), given="model", replaced=("base.*",)),
+    "rollout": Stage(
+        stage_rollout, "trajectories.jsonl", after=("base",), own=("trajectories",), given="trajectories",
+        replaced=("tasks", *HUMAN, "instructions", "clip", "eval.first", "rollout.*", *LOADED)),
+    "critic": Stage(
+        stage_critic, "critic", after=("rollout",), own=("pairs.per_task", "pairs.margin", "critic.*", *TRAINED)),
+    "samples": Stage(
+        stage_samples, "samples.jsonl", after=("rollout",), own=("candidates", *LOADED), given="candidates",
+        replaced=("candidates.*", "rollout.max_tokens")),
+    "candidates": Stage(stage_candidates, "candidates.jsonl", after=("critic", "samples")),
+    "pairs": Stage(stage_pairs, "pairs.jsonl", after=("candidates",), own=("pairs.per_state",)),
+    "actor": Stage(stage_actor, "actor", after=("pairs",), own=("actor.*",)),
+    "rft": Stage(stage_rft, "rft", after=("rollout",), own=("rft.*", *TRAINED)),
+    "multiturn": Stage(
+        stage_multiturn, "multiturn", after=("rollout",), own=("pairs.margin", "multiturn.*", *TRAINED)),
+    "eval": Stage(
+        stage_eval, "eval.jsonl", after=("base", "actor", "rft", "multiturn"),
+        own=("eval.*", "tasks", "heldout", "heldout_human", *PLAYED, *LOADED)),
+    "credit": Stage(
+        credit.check, "credit.json", after=("critic",), own=(*HELD_OUT, "candidates.n", "credit.*", *PLAYED)),
+    "report": Stage(stage_report, "report.html", after=("actor", "rft", "multiturn", "eval", "credit")),
+    "best-of-n": Stage(
+        best_of_n.play, "best-of-n.jsonl", after=("critic",), own=(*HELD_OUT, "heldout_human", *PLAYED)),
 }
 
 

@@ -16,6 +16,15 @@ from pathlib import Path
 from machinery.files import InputError, fingerprint, holds_something, note, read_json, split_specs, write_json
 from machinery.train import name_of
 
+# settings on which several stages depend: how a model is loaded, how it is trained, who replies, how a dialogue goes,
+# and which tasks are held out
+LOADED = ("dtype", "attention")
+TRAINED = (*LOADED, "lora")
+HUMAN = ("human", "human.max_tokens", "human.temperature", "human.prompt", "human.leaks")
+PLAYED = (*HUMAN, "instructions", "clip", "rollout.max_turns", "rollout.max_tokens", "rollout.call_seconds",
+          "rollout.answer_on_code", "rollout.last_turn_notice")
+HELD_OUT = ("tasks", "heldout", "eval.tasks", "eval.first", "eval.split")
+
 
 def flat(settings, **more):
     """{field: value} of groups of settings ({name: dataclass}), in the words in which runs are compared."""
@@ -59,6 +68,28 @@ def check_tasks_given(given, first, stage, trains=True):
         raise InputError(f"--tasks without --heldout: {stage} needs held-out tasks, a ColBench file: --heldout FILE")
     if no_held_out(given, first) and stage in ("all", "report"):
         note("sweet: note: --tasks without --heldout: held-out tasks are missing, so eval and credit are left out")
+
+
+def stages_of_run(stages, run):
+    """The stages (name -> Stage) as they hang together in this run.
+
+    What does not depend on the critic is trained and evaluated without --critic. Without held-out tasks nothing is
+    evaluated, and what is not evaluated need not be trained for that. A model that is tuned is made from documents and
+    from the user's model; one that is taken as it is, from the model alone.
+    """
+    left_out = {"rft", "multiturn"} if run.further else set()
+    if no_held_out(run.given, run.settings["eval"].first):
+        left_out |= {"eval", "credit"}
+    found = {}
+    for name, stage in stages.items():
+        unseen = run.methods.keys() - run.settings["eval"].names if name == "eval" and not run.further else set()
+        after = [earlier for earlier in stage.after if earlier not in left_out | unseen]
+        found[name] = dataclasses.replace(stage, after=after)
+    if run.tunes:
+        found["base"] = dataclasses.replace(found["base"], given="", own=("model", *TRAINED))
+    elif run.given.model and getattr(run.options, "base.documents") is not None:
+        found["base"] = dataclasses.replace(found["base"], own=("model", "base.documents"))
+    return found
 
 
 def dependencies(name, stages, values):

@@ -39,7 +39,7 @@ def run_in(folder, model, tokenizer, tasks, kind="sum", seed=4):
     """What best-of-N asks of a run, on a random model."""
     folder.mkdir(exist_ok=True)
     world = backend.Backend()
-    settings = {"rollout": actor.Rollout(max_turns=3, max_tokens=9), "critic": critic.Critic(kind=kind)}
+    settings = {"rollout": actor.Rollout(max_turns=3, max_tokens=9), "critic": critic.CriticSettings(kind=kind)}
     return SimpleNamespace(
         root=folder, path=lambda name: folder / name, model=lambda name: (model, tokenizer), world=world, seed=seed,
         speed=Speed(train.Machine()),

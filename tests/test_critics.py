@@ -113,7 +113,7 @@ def bare_run(model, tokenizer, trajectories, folder, **cfg):
     return SimpleNamespace(
         model=load, path=lambda name: folder / name, seed=0, better_and_worse=better_and_worse,
         trajectories=lambda _: [{**trajectory, "where": "line"} for trajectory in trajectories[:8]],
-        settings={"critic": critic.Critic(epochs=2, batch_size=2, **cfg), "pairs": critic.Pairs()},
+        settings={"critic": critic.CriticSettings(epochs=2, batch_size=2, **cfg), "pairs": critic.Pairs()},
         learning=lambda model, tokenizer: {"save": save_to(model, tokenizer), "micro_batch": 0})
 
 
@@ -149,7 +149,7 @@ def test_the_regression_head_learns_by_eq_2(model64, tokenizer, trajectories):
     headed = random_head(model64)
     views = [critic.critic_view(tokenizer, t) for t in trajectories[:4]]
     part = [{"chosen": views[0], "rejected": views[1]}, {"chosen": views[2], "rejected": views[3]}]
-    loss, _ = Regression().loss(headed, part, critic.Critic(beta=0.7))
+    loss, _ = Regression().loss(headed, part, critic.CriticSettings(beta=0.7))
     totals = [sum(mean for _, mean, _ in by_hand(headed, view)) for view in views]
     by_pair = [torch.log1p(torch.exp(-0.7 * (totals[i] - totals[i + 1]))) for i in (0, 2)]
     assert loss.item() == pytest.approx(float(sum(by_pair) / 2), abs=1e-9)
@@ -312,7 +312,7 @@ def test_a_loss_of_ones_own(model, trajectories, tokenizer, tmp_path, monkeypatc
     (tmp_path / "my_losses.py").write_text(LOSSES)
     monkeypatch.syspath_prepend(str(tmp_path))
     pairs = [(trajectories[i], trajectories[i + 1]) for i in range(0, 8, 2)]
-    cfg = critic.Critic(loss="my_losses:hinge", nll=0.0, epochs=1)
+    cfg = critic.CriticSettings(loss="my_losses:hinge", nll=0.0, epochs=1)
     mine = copy.deepcopy(model)
     log = critic.train(mine, tokenizer, pairs, tmp_path / "critic", cfg, 0, save_to(mine, tokenizer))
     assert log[0]["loss"] == pytest.approx(1.0)
@@ -320,7 +320,7 @@ def test_a_loss_of_ones_own(model, trajectories, tokenizer, tmp_path, monkeypatc
              for better, worse in pairs]
     mine = copy.deepcopy(model)
     log = actor.train_preferences(mine, views, tmp_path / "actor",
-                                  actor.Actor(loss="my_losses:ipo", nll=0.0, beta=0.25, epochs=1), 0,
+                                  actor.ActorSettings(loss="my_losses:ipo", nll=0.0, beta=0.25, epochs=1), 0,
                                   save_to(mine, tokenizer), "actor")
     assert log[0]["loss"] == pytest.approx(4.0)
 

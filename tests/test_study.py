@@ -29,7 +29,7 @@ FILES = ("study.md", "study.json", "study.svg")
 
 def a_run(root, methods=program.Eval.methods, **options):
     settings = {"study": study.Study(**options), "rollout": actor.Rollout(tasks=160, per_task=8),
-                "candidates": actor.Candidates(states=4000), "critic": critic.Critic(),
+                "candidates": actor.Candidates(states=4000), "critic": critic.CriticSettings(),
                 "eval": program.Eval(methods=methods)}
     return SimpleNamespace(root=root, settings=settings, given=Given(), initial="", world=backend.Backend(), seed=0,
                            record=SimpleNamespace(values={}))

@@ -125,10 +125,11 @@ def test_a_run_in_micro_batches_is_the_run(model, trajectories, tokenizer, tmp_p
         how, out = {"save": save_to(mine, tokenizer), "micro_batch": micro}, tmp_path / f"{stage}{micro}"
         if stage == "critic":
             pairs = [(trajectories[i], trajectories[i + 1]) for i in range(0, 10, 2)]
-            logs.append(critic.train(mine, tokenizer, pairs, out, critic.Critic(nll=0.3, batch_size=5), 0, **how))
+            cfg = critic.CriticSettings(nll=0.3, batch_size=5)
+            logs.append(critic.train(mine, tokenizer, pairs, out, cfg, 0, **how))
         elif stage == "actor":
             logs.append(actor.train_preferences(mine, pair_examples(mine, tokenizer, trajectories), out,
-                                                actor.Actor(nll=0.3, batch_size=5), 0, label="actor", **how))
+                                                actor.ActorSettings(nll=0.3, batch_size=5), 0, label="actor", **how))
         else:
             views = [render(tokenizer, t["dialogue_history"]) for t in trajectories[:5]]
             logs.append(actor.train_imitation(mine, views, out, actor.Rft(batch_size=5, epochs=3), 0, label="rft",
@@ -242,7 +243,7 @@ def test_the_result_appears_only_at_the_end(tmp_path):
 def test_the_critic_resumes_bit_for_bit(tokenizer, model, trajectories, tmp_path):
     """The real thing: language model, reference log-probs, Hugging Face directory."""
     pairs = [(trajectories[i + 1], trajectories[i]) for i in range(0, 24, 2)]
-    cfg, folders = critic.Critic(epochs=2, lr=1e-2, nll=0.0), {}
+    cfg, folders = critic.CriticSettings(epochs=2, lr=1e-2, nll=0.0), {}
 
     def run(name, die_after=None, monkey=None):
         mine = tiny_llama(len(tokenizer))
@@ -281,7 +282,7 @@ def preference_examples(tokenizer, trajectories):
 
 def test_training_starts_at_log_2_and_learns(tokenizer, trajectories, tmp_path):
     """Chosen turns gain on rejected ones, and the saved policy opens again with the same log-probs."""
-    model, cfg = tiny_llama(len(tokenizer)), actor.Actor(lr=1e-2, nll=0.0, batch_size=6, epochs=8)
+    model, cfg = tiny_llama(len(tokenizer)), actor.ActorSettings(lr=1e-2, nll=0.0, batch_size=6, epochs=8)
     examples = preference_examples(tokenizer, trajectories)
     log = actor.train_preferences(model, examples, tmp_path / "actor", cfg, 0, save_to(model, tokenizer), "actor")
     assert abs(log[0]["loss"] - math.log(2)) < 1e-5 and log[-1]["loss"] < 0.5
@@ -295,7 +296,7 @@ def test_training_starts_at_log_2_and_learns(tokenizer, trajectories, tmp_path):
 def test_dropout_does_not_move_step_0(tokenizer, trajectories, tmp_path):
     """A policy whose configuration has dropout is its own reference before the first step, too."""
     model = tiny_llama(len(tokenizer), attention_dropout=0.5)
-    cfg = actor.Actor(lr=1e-2, nll=0.0, batch_size=6, epochs=1)
+    cfg = actor.ActorSettings(lr=1e-2, nll=0.0, batch_size=6, epochs=1)
     log = actor.train_preferences(model, preference_examples(tokenizer, trajectories), tmp_path / "actor", cfg, 0,
                                   save_to(model, tokenizer), "actor")
     assert abs(log[0]["loss"] - math.log(2)) < 1e-4
