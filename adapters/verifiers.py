@@ -1,5 +1,4 @@
-"""ColBench as an environment of `verifiers` (PrimeIntellect): our tasks, human and grader, and the critic's view of each
-turn.
+"""ColBench as an environment of `verifiers` (PrimeIntellect): our tasks, human and grader, and the critic on each turn.
 
     import verifiers as vf
     env = vf.load_environment("adapters.verifiers", tasks="tasks.jsonl", human="http://localhost:8000/v1", max_turns=10,

@@ -222,7 +222,7 @@ def test_a_model_words_the_requests(lesson, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("words, said", [
     ([], "--from: expected a file"),
     (["--from", "nowhere.py"], "--from nowhere.py: No such file or directory; expected a Python file"),
-    (["--from", "broken.py"], "--from broken.py: '(' was never closed"),
+    (["--from", "broken.py"], "--from broken.py: invalid syntax (broken.py, line 1); expected a Python file"),
     (["--from", "bare.py"], "--from bare.py: holds no function with examples"),
     (["--from", "poor.py"], "--from poor.py: none of its functions makes a task"),
     (["--from", "poor.py", "--human-model", "m"], "--human-...: expected --human URL"),

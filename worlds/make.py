@@ -82,7 +82,7 @@ def read_module(path):
     try:
         with tokenize.open(path) as file:
             source = file.read()
-        return source, ast.parse(source).body
+        return source, ast.parse(source, path).body
     except (OSError, SyntaxError, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"--from {path}: {reason}; expected a Python file") from None
