@@ -9,7 +9,7 @@ from conftest import byte_tokenizer, tiny_llama
 
 import sweet as program
 from adapters.trl import OVER, TEACHER_PROMPT, ColBench, environment, export
-from env import INSTRUCTIONS, load_tasks, render
+from env import INSTRUCTIONS, render
 from machinery.files import InputError
 from simulator import Human
 from worlds import backend as world
