@@ -82,7 +82,7 @@ class ColBench(vf.MultiTurnEnv):
         reply = await asyncio.to_thread(self.reply, dialogue)
         if reply is None:
             raise vf.InfraError("the human does not reply any more")
-        return [{"role": "user", "content": dialogue.observe(reply)[-1]["content"]}]
+        return [vf.UserMessage(content=dialogue.observe(reply)[-1]["content"])]
 
 
 def rubric(grade, models):

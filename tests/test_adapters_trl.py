@@ -61,7 +61,8 @@ def test_the_tasks_of_a_run(run, capsys):
 def test_a_teacher_of_self_distillation_reads_what_the_critic_reads(run, chat, tmp_path):
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
     rows = datasets.load_dataset("json", data_files=str(export(run)), split="train", cache_dir=str(tmp_path / "cache"))
-    args = settings(SDFTConfig, tmp_path, max_completion_length=4, teacher_prompt_template=TEACHER_PROMPT)
+    args = settings(SDFTConfig, tmp_path, max_completion_length=4, teacher_prompt_template=TEACHER_PROMPT,
+                    teacher_model_kind="live")
     trainer = SDFTTrainer(small(chat), args=args, train_dataset=rows, processing_class=chat)
     prompt, = trainer.teacher_context_builder.select_generation_prompts(
         rows["prompt"][:1], rows["privileged_context"][:1])
