@@ -5,6 +5,7 @@
     python sweet.py play                you are the human
     python sweet.py table               the README's table: several seeds of everything
     python sweet.py study NAME          critics, best-of-n, data or rounds, over several seeds
+    python sweet.py export trl          the training tasks for TRL's trainers
 
 Stages hand each other files under runs/NAME/, never hidden state. One that is done is
 skipped, one that was killed goes on where it was. A run remembers its flags; where new
@@ -24,7 +25,6 @@ ones contradict what is there, they are refused.
     best-of-n   best-of-n.jsonl     the critic picks each turn; only if asked for
 """
 import copy
-import dataclasses
 import functools
 import itertools
 import os
@@ -48,6 +48,7 @@ import actor
 import critic
 import play
 import report
+from adapters import EXPORTS, export
 from env import ANSWER_MARKER
 from env import end_of_turn, load_tasks, read_trajectories, render
 from machinery import schema
@@ -578,7 +579,7 @@ def run_study(run, name):
 
 @functools.cache
 def parser():
-    return Flags(__doc__, GROUPS, stage=["all", *STAGES, "play", "table", "status", *STUDIES])
+    return Flags(__doc__, GROUPS, stage=["all", *STAGES, "play", "table", "status", *STUDIES, *EXPORTS])
 
 
 def settings_of(options, flags=True):
@@ -641,11 +642,11 @@ def open_run(argv):
 
 
 def one_name(argv):
-    """A command line with `study NAME` as one word, as the stages know it."""
+    """A command line with `study NAME` or `export NAME` as one word, as the stages know it."""
     found = []
     for word in argv:
-        if found and found[-1] == "study" and word in study.NAMES:
-            found[-1] = f"study {word}"
+        if found and f"{found[-1]} {word}" in (*STUDIES, *EXPORTS):
+            found[-1] += f" {word}"
         else:
             found.append(word)
     return found
@@ -664,6 +665,8 @@ def begin(run, stage):
     """Check what can be known before any work, and do what is asked for."""
     torch.set_num_threads(run.machine.threads)
     run.record.check_redo(run.redo, stage)
+    if stage in EXPORTS:
+        return export(run, stage)
     if stage in ("report", "play") and "device" not in run.options.given:
         run.machine = machine_here(run.machine)
     todo = stages_to_do(run, run.stages, stage)
