@@ -76,14 +76,14 @@ class PolicyServer(Endpoint):
         if None in said:
             raise InputError(f"{self.url} does not answer any more: {self.gone}; what is finished is kept, and the "
                              "same command goes on")
-        rows = list(zip(prompts, said))
-        self.check(model, path, rows[::max(1, len(rows) // CHECKED)])
         allowed = known_ids(tokenizer).difference(control)
         turns = [cut_off(ids, end, allowed) for ids, _ in said]
         for turn, (ids, _) in zip(turns, said):
             if len(turn) == len(ids) < max_tokens and turn[-1:] != [end]:
                 raise InputError(f"{self.url}: a turn ends without a token that ends one; expected all ids that were "
                                  "sampled, the last one included")
+        rows = list(zip(prompts, said))
+        self.check(model, path, rows[::max(1, len(rows) // CHECKED)])
         return turns
 
     def name_of(self, path):

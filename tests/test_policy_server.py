@@ -53,9 +53,9 @@ def material(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(material):
-    """A server that has base and run/rft under their own paths, and run/rft's weights as changed."""
-    port, weights = free_port(), {"base": "base", "run/rft": "run/rft", "changed": "run/rft"}
-    pairs = [f"{material / name}={material / weight}" for name, weight in weights.items()]
+    """A server that has base under its path and run/rft under a relative one, and run/rft's weights as changed."""
+    port, rft = free_port(), material / "run/rft"
+    pairs = [f"{material / 'base'}={material / 'base'}", f"{os.path.relpath(rft)}={rft}", f"{material / 'changed'}={rft}"]
     process = subprocess.Popen([sys.executable, str(ROOT / "tests/id_server.py"), str(port), *pairs],
                                env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
@@ -222,7 +222,7 @@ def test_evaluation_waits_for_each_model(calm, material, proxied, capsys):
     assert len(list(read_lines(run / "eval.jsonl.partial"))) == 8
     more = proxied(lambda *_: None)
     program.main(words("eval", run, material, more.url, *flags))
-    assert {request["model"] for request in asked(more)} == {str(run / "rft")}
+    assert {request["model"] for request in asked(more)} == {os.path.relpath(run / "rft")}
     assert [record["method"] for record in read_lines(run / "eval.jsonl")] == ["base"] * 8 + ["RFT"] * 8
 
 
