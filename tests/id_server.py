@@ -3,8 +3,8 @@
     python tests/id_server.py PORT NAME=DIR [NAME=DIR ...]
 
 `/v1/completions` with `prompt` as ids, n, seed, logprobs, stop_token_ids, ignore_eos and return_token_ids; `/v1/models`
-lists the names. Nothing of the project is imported: every step reads everything again, and a row draws from a generator
-of its own, seeded with seed + row, so that equal requests have equal answers.
+lists the names. Nothing of the project is imported: a row is sampled by itself and draws from a generator of its own,
+seeded with seed + row, so that equal requests have equal answers.
 """
 import json
 import sys
@@ -33,12 +33,14 @@ def nucleus(probs, top_p):
 def speak(model, ask, row):
     """One turn after the prompt: its choice in the answer."""
     generator = torch.Generator().manual_seed(ask["seed"] + row)
-    ids, logprobs, reason = [], [], "length"
+    ids, logprobs, reason, read, cache = [], [], "length", ask["prompt"], None
     for _ in range(ask["max_tokens"]):
-        logits = model(torch.tensor([ask["prompt"] + ids])).logits[0, -1].double()
+        out = model(torch.tensor([read]), past_key_values=cache, use_cache=True)
+        logits, cache = out.logits[0, -1].double(), out.past_key_values
         probs = nucleus((logits / ask["temperature"]).softmax(-1), ask["top_p"])
         token = int(torch.multinomial(probs, 1, generator=generator))
         ids.append(token)
+        read = [token]
         logprobs.append(float(logits.log_softmax(-1)[token]))
         if token in ask["stop_token_ids"]:
             reason = "stop"

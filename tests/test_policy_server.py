@@ -112,7 +112,7 @@ def said_again(url, requests, tokenizer):
 
 def words(stage, run, material, url, *more):
     return [stage, "--run", str(run), "--model", str(material / "base"), "--tasks", str(material / "tasks.jsonl"),
-            "--rollout-per-task", "2", "--rollout-max-tokens", "10", "--rollout-max-turns", "3", "--candidates-n", "5",
+            "--rollout-per-task", "2", "--rollout-max-tokens", "6", "--rollout-max-turns", "3", "--candidates-n", "3",
             "--policy-server", url, *more]
 
 
@@ -139,7 +139,7 @@ def test_what_is_kept_is_what_was_sampled(calm, url, material):
             prompt, _ = render(tokenizer, history[:i])
             turn = history[i]["output_ids"]
             kept[tuple(prompt), tuple(turn)] += 1
-            ends.add("end" if turn[-1:] == [end_of_turn(tokenizer)] else "full" if len(turn) == 10 else "control")
+            ends.add("end" if turn[-1:] == [end_of_turn(tokenizer)] else "full" if len(turn) == 6 else "control")
     assert kept == said_again(url, first, tokenizer) and ends == {"end", "full", "control"}
     assert {request["model"] for request in first} == {str(material / "base")}
     assert len({request["seed"] for request in first}) == len(first) == kept.total()
@@ -148,7 +148,7 @@ def test_what_is_kept_is_what_was_sampled(calm, url, material):
 def test_candidates_of_a_state_are_one_request(calm, url, material):
     proxy, run = calm
     _, tokenizer = load_model(material / "base")
-    requests = [request for request in asked(proxy) if request["n"] == 5]
+    requests = [request for request in asked(proxy) if request["n"] == 3]
     kept = Counter()
     states = list(read_lines(run / "samples.jsonl"))
     for state in states:
