@@ -56,6 +56,7 @@ from machinery.files import InputError, JsonlWriter, forgive, put_text, read_lin
 from machinery.flags import Flags, read_settings
 from machinery.folder import closing, critic_folder, flags_given, further_critics, keep, measured, place, recall
 from machinery.folder import remembering, show_status, to_redo
+from machinery.policy_server import policy_server, tell_how_to_serve
 from machinery.provenance import remember
 from machinery.reasons import why_no_pair, why_no_success, why_no_turn_pair
 from machinery.seeds import run_chains
@@ -178,9 +179,14 @@ class Run:
         file = self.given.instructions
         return read_instructions(file) if file else self.world.INSTRUCTIONS
 
+    @functools.cached_property
+    def sampling(self):
+        """Who is told how many tokens are sampled, and the server that samples them, if there is one."""
+        return {"count": self.speed.wrote, "server": policy_server(self.machine)}
+
     @property
     def rules(self):
-        return {"grade": self.grade, "instructions": self.instructions, "count": self.speed.wrote}
+        return {"grade": self.grade, "instructions": self.instructions, **self.sampling}
 
     def path(self, name):
         """A file of the run. What depends on the critic lies in a folder of its own where --critic names another."""
@@ -339,7 +345,7 @@ def stage_samples(run):
         keys = [(run.seed, "samples", number) for number in numbers]
         if not run.given.candidates:
             max_tokens = run.settings["rollout"].max_tokens
-            actor.sample_candidates(model, tokenizer, part, keys, cfg.n, max_tokens, run.speed.wrote)
+            actor.sample_candidates(model, tokenizer, part, keys, cfg.n, max_tokens, **run.sampling)
         critic.score_reference(model, tokenizer, part)
         return part
     size = max(1, run.machine.rows // 8)
@@ -526,6 +532,7 @@ def run_stage(run, name):
     seconds = time.monotonic() - start
     if name != "report":
         remember(output.parent, name, seconds, run.speed.end(seconds))
+        tell_how_to_serve(output, run.machine)
 
 
 # ------------------------------------------------------------------ tables and studies

@@ -13,6 +13,7 @@ import torch
 
 from machinery.files import InputError, note
 from machinery.optional import first_line, load
+from machinery.policy_server import policy_server
 from machinery.train import check_adapters, load_model
 
 DIALOGUES = {"rollout", "eval", "credit", "best-of-n"}  # the stages that talk with the human and grade
@@ -63,6 +64,8 @@ def check_start(run, stage, todo):
             run.record.check(name)  # where files were made with other settings, that is what to say
     if todo and run.given.model and (run.initial or "base" in todo):
         load_model(run.given.model, run.machine, True, run.seed)
+    if todo & {"samples", *DIALOGUES}:
+        policy_server(run.machine)  # InputError where nobody is there
     for held_out in {name in HELD_OUT and bool(run.given.heldout_human) for name in todo & DIALOGUES}:
         run.human(held_out)
 

@@ -107,6 +107,8 @@ class Machine:
     """Threads of torch; another number rounds otherwise and gives other results."""
     rows: int = 512
     """Dialogues that are sampled side by side."""
+    policy_server: str = ""
+    """URL of a server that samples in the model's place: vLLM, or another that takes and returns token ids."""
 
 
 PRESETS = tomllib.loads(Path(__file__).with_name("presets.toml").read_text(encoding="utf-8"))
@@ -139,6 +141,7 @@ def load_model(path, cfg=None, train=False, seed=0):
         raise InputError(f"{path}: cannot be loaded as a causal language model with its tokenizer "
                          f"({first_line(error)})") from None
     check_tokenizer(tokenizer, path)
+    tokenizer.name_or_path = str(path)  # also of adapters, whose model is called like the one below them
     if getattr(model, "peft_config", None):
         restore_adapters(model, path, train)
     elif train and cfg.lora:

@@ -52,10 +52,10 @@ def check(run):
         states.append({"task": trajectory["task"], "messages": messages})
     keys = [(run.seed, "credit candidates", i) for i in range(len(states))]
     actor.sample_candidates(model, tokenizer, states, keys, run.settings["candidates"].n, play.max_tokens,
-                            run.speed.wrote)
+                            **run.sampling)
     critic.score_reference(model, tokenizer, states)
     valued = states[:cfg.monte_carlo_states]
-    play_on(model, tokenizer, valued, human, cfg.monte_carlo_rollouts, play, run.seed, run.grade, run.speed.wrote)
+    play_on(model, tokenizer, valued, human, cfg.monte_carlo_rollouts, play, run.seed, run.grade, **run.sampling)
     run.critic.score(run, states, run.settings["critic"])
     label(states, run.world.judge, run.grade)
     write_lines(run.path("credit.jsonl"), states)
@@ -65,7 +65,7 @@ def check(run):
     tell_leaks(human)
 
 
-def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade, count=None):
+def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade, **decoding):
     """Value every candidate by Monte Carlo: add "returns", the rewards of n dialogues that the policy plays on from
     it."""
     envs, keys, said = [], [], []
@@ -84,7 +84,7 @@ def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade, count=No
     for start in progress(range(0, len(envs), 512), "played on"):
         part = slice(start, start + 512)
         actor.play_out(model, tokenizer, envs[part], human, keys[part], max_tokens=cfg.max_tokens,
-                       count=count)
+                       **decoding)
     if any(env.answer is None for env in envs):
         raise InputError("the human left; the same command starts this stage again")
     rewards = actor.graded(envs, grade)
