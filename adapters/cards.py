@@ -20,7 +20,7 @@ PAPER = "[SWEET-RL](https://arxiv.org/abs/2503.15478)"
 ABOUT = {  # stage: what its model is
     "base": "The initial policy: it asks and answers as the demonstrator of a small world does.",
     "critic": f"The critic of {PAPER}: a language model that reads the reference solution in front of a dialogue. How "
-              "much likelier it makes a turn than the initial policy does, per token, is that turn's advantage (Eq. 3).",
+              "much likelier it makes a turn than the initial policy does, per token, is its advantage (Eq. 3).",
     "actor": f"The agent trained by {PAPER}: it asks a person about a vague request, then answers. It learned by DPO "
              "from pairs of single turns that the critic ranked (Eq. 4).",
     "rft": f"A baseline of {PAPER}: rejection-sampling fine-tuning, imitation of the successful dialogues.",
