@@ -18,9 +18,16 @@ def export(run, command):
 
 
 def finished(run, stage):
-    """What follows a stage that was made: model cards, and, at the end of the command, the table for the tracker."""
+    """What follows a stage that was made: the card of its model, or, where figures are what the command ends with, all
+    cards, and the table for the tracker."""
     from adapters import cards
-    cards.write(run, stage)
-    goal = run.options.stage
-    if run.todo and stage in ("eval", "report") and goal in (stage, "all") and (stage, goal) != ("eval", "all"):
-        run.track.table(*cards.results(run))
+    goal = "report" if run.options.stage == "all" else run.options.stage
+    ends = stage == goal and stage in ("eval", "credit", "report")
+    changed = [name for name in cards.models(run) if ends or name == stage]
+    if not changed:
+        return
+    figures = cards.measured(run)
+    for name in changed:
+        cards.write(run, name, run.path(name), figures)
+    if ends and run.todo:
+        run.track.table(*cards.results(figures))

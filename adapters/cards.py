@@ -1,8 +1,8 @@
 """Model cards: each model of a run says what it is, how it was trained, and how well it does.
 
 A card is README.md in the model's folder, with the block of metadata that the Hugging Face hub reads. It is written
-when the stage is finished, and again once there are figures (eval, credit) to put into it. It depends on the run's
-files alone, so the same run has the same cards.
+when the stage is finished, and again at the end of a command that made figures (eval, credit) to put into it. It
+depends on the run's files alone, so the same run has the same cards.
 
 Exercised by `python -m pytest tests/test_adapters_cards.py`.
 """
@@ -42,16 +42,9 @@ def is_adapters(folder):
     return (folder / "adapter_config.json").exists()
 
 
-def write(run, stage):
-    """The card of what a stage made; all cards where it made figures."""
-    for model in models(run):
-        if stage in (model, "eval", "credit", "report"):
-            write_card(run, model, run.path(model))
-
-
-def write_card(run, stage, folder):
-    """README.md of a model in a folder, unless it says the same already."""
-    text, file = card(run, stage, folder), folder / "README.md"
+def write(run, stage, folder, figures):
+    """README.md of a stage's model in a folder, unless it says the same already. figures: as `measured` has them."""
+    text, file = card(run, stage, folder, figures), folder / "README.md"
     if not file.exists() or file.read_text(encoding="utf-8") != text:
         put_text(file, text)
 
@@ -66,9 +59,9 @@ def measured(run):
     return found, figure, sum(sizes)
 
 
-def results(run):
+def results(figures):
     """(header, rows, Markdown) of the results of all methods."""
-    found, figure, n = measured(run)
+    found, figure, n = figures
     methods, ways = ([*dict.fromkeys(names)] for names in zip(*found)) if found else ((), ())
     header = ["method", *(f"{figure} %, {way}" for way in ways)]
     rows = [[method, *(bracketed(found[method, way]) for way in ways)] for method in methods]
@@ -77,9 +70,9 @@ def results(run):
 
 # ------------------------------------------------------------------ the card
 
-def card(run, stage, folder):
+def card(run, stage, folder, figures):
     """The text of a model's card."""
-    found, figure, n = measured(run)
+    found, figure, n = figures
     mine = {way: value for (method, way), value in found.items() if method == run.methods.get(stage)}
     parts = [f"# {run.methods.get(stage, stage)}", about(run, stage, folder), training(run, stage)]
     if mine:

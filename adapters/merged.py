@@ -32,6 +32,7 @@ def export(run):
         raise InputError(f"{run.root}: export merged: holds no adapters; --lora RANK learns such")
     for stage in stages:
         run.record.check(stage)
+    figures = cards.measured(run)
     for stage in stages:
         folder, out = run.path(stage), run.variant / "merged" / stage
         work = Path(f"{out}.partial")
@@ -39,7 +40,7 @@ def export(run):
         save_to(*merge(folder, run.machine))(work)
         if (folder / Headed.FILE).exists():  # what a critic has beside its model
             shutil.copy(folder / Headed.FILE, work)
-        cards.write_card(run, stage, work)
+        cards.write(run, stage, work, figures)
         shutil.rmtree(out, ignore_errors=True)
         put(work, out)
         print(f"{folder} is merged: {out}")
