@@ -468,7 +468,9 @@ def stage_eval(run):
         for (method, top_p), same in itertools.groupby(part, lambda item: item[:2]):
             records += play(method, top_p, [i for _, _, i in same])
         return records
-    write_groups(run.path("eval.jsonl"), todo, min(run.machine.rows, len(tasks)), group, "eval", run.track)
+    write_groups(
+        run.path("eval.jsonl"), todo, min(run.machine.rows, len(tasks)), group,
+        "eval", run.track)
     tell_leaks(human)
     faults.tell("eval", read_lines(run.path("eval.jsonl")))
 

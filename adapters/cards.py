@@ -33,7 +33,8 @@ def models(run):
     """The stages of a run that have left a model."""
     found = []
     for stage in ABOUT:
-        if run.outputs(stage) and (is_adapters(run.path(stage)) or (run.path(stage) / "config.json").exists()):
+        folder = run.path(stage)
+        if run.outputs(stage) and (is_adapters(folder) or (folder / "config.json").exists()):
             found.append(stage)
     return found
 
@@ -55,14 +56,17 @@ def measured(run):
     """{(method, decoding): (mean, low, high) of the world's figure in %}, its name, and the number of tasks."""
     means, sizes = summarise([evaluations(run.root)], run.world)
     figure, _ = run.world.headers(run.record.values)
-    found = {(method, decoding(top_p)): interval(mean_R3[:, 0]) for (method, top_p), mean_R3 in means.items()}
+    found = {}
+    for (method, top_p), mean_R3 in means.items():
+        found[method, decoding(top_p)] = interval(mean_R3[:, 0])
     return found, figure, sum(sizes)
 
 
 def results(figures):
     """(header, rows, Markdown) of the results of all methods."""
     found, figure, n = figures
-    methods, ways = ([*dict.fromkeys(names)] for names in zip(*found)) if found else ((), ())
+    methods = dict.fromkeys(method for method, _ in found)
+    ways = dict.fromkeys(way for _, way in found)
     header = ["method", *(f"{figure} %, {way}" for way in ways)]
     rows = [[method, *(bracketed(found[method, way]) for way in ways)] for method in methods]
     return header, rows, markdown(f"{n} held-out tasks; brackets: 95 % intervals.", header, rows)
@@ -73,8 +77,9 @@ def results(figures):
 def card(run, stage, folder, figures):
     """The text of a model's card."""
     found, figure, n = figures
-    mine = {way: value for (method, way), value in found.items() if method == run.methods.get(stage)}
-    parts = [f"# {run.methods.get(stage, stage)}", about(run, stage, folder), training(run, stage)]
+    name = run.methods.get(stage, stage)
+    mine = {way: value for (method, way), value in found.items() if method == name}
+    parts = [f"# {name}", about(run, stage, folder), training(run, stage)]
     if mine:
         rows = [[way, bracketed(value)] for way, value in mine.items()]
         said = f"{n} held-out tasks of the run that made this model; brackets: 95 % intervals."
@@ -85,7 +90,8 @@ def card(run, stage, folder, figures):
         rows = [*zip(kinds, credit_cells([credit]))]
         parts += ["## Figures", markdown("How often it is right; 0.5: guessing.", ["turns", "held-out tasks"], rows)]
     data = metadata(run, stage, folder, mine, figure)
-    return str(ModelCard("\n".join(["---", data.to_yaml(), "---", "\n\n".join(parts), ""])))
+    text = "\n\n".join(parts)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}\n"))
 
 
 def metadata(run, stage, folder, mine, figure):
@@ -124,7 +130,7 @@ def about(run, stage, folder):
         text.append(f"Another critic than the paper's was used: {kind}.")
     if run.options.smoke:
         text.append("It was made in miniature (--smoke): its numbers mean nothing.")
-    begun = Path(run.given.model).name if os.path.exists(run.given.model) else run.given.model
+    begun = base_model(run) or Path(run.given.model).name
     text.append(f"It began as {begun}." if begun else f"It began as a small model of the world {run.options.task}.")
     if is_adapters(folder):
         text.append("These are LoRA adapters, to be loaded on the model that adapter_config.json names; `python "
@@ -135,7 +141,8 @@ def about(run, stage, folder):
 def training(run, stage):
     """How it was trained: the course of the loss, the code, and all settings."""
     folder = run.path(stage).parent
-    log, made = read_json(run.path(stage) / "log.json", []), peek(folder / "made.json").get(stage, {})
+    log = read_json(run.path(stage) / "log.json", [])
+    made = peek(folder / "made.json").get(stage)
     settings = peek(folder / f"settings/{stage}.json")
     rows = []
     for name, value in settings.items():
