@@ -1,5 +1,6 @@
 """Trackers: what was handed on is what their own readers find; a step once; a tracker that fails costs a line."""
 import copy
+import datetime
 import http.server
 import json
 import os
@@ -188,10 +189,11 @@ def test_a_killed_and_resumed_training_hands_each_step_on_once(tmp_path, every, 
 
 
 def test_what_is_made_again_is_another_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(trackers.datetime, "datetime", SimpleNamespace(now=iter("abc").__next__))
+    days = (datetime.datetime(2026, 1, day) for day in (1, 2, 3))
+    monkeypatch.setattr(trackers, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: next(days))))
     folder = tmp_path / "runs" / "mine"
     names = [Tracker(run_of(folder, "off", redo)).name(folder) for redo in ((), (), ("critic",), ())]
-    assert names == ["runs-mine-a", "runs-mine-a", "runs-mine-b", "runs-mine-b"]
+    assert names == ["runs-mine-20260101-000000"] * 2 + ["runs-mine-20260102-000000"] * 2
 
 
 # ------------------------------------------------------------------ off, and out of order
