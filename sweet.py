@@ -5,6 +5,7 @@
     python sweet.py play                you are the human
     python sweet.py table               the README's table: several seeds of everything
     python sweet.py study NAME          critics, best-of-n, data or rounds, over several seeds
+    python sweet.py export merged       LoRA adapters of a run as plain weights
 
 Stages hand each other files under runs/NAME/, never hidden state. One that is done is
 skipped, one that was killed goes on where it was. A run remembers its flags; where new
@@ -48,11 +49,13 @@ import actor
 import critic
 import play
 import report
+from adapters import EXPORTS, export, finished
+from adapters.trackers import Tracker
 from env import ANSWER_MARKER
 from env import end_of_turn, load_tasks, read_trajectories, render
 from machinery import schema
 from machinery.bars import note, whole_bars
-from machinery.files import InputError, JsonlWriter, forgive, put_text, read_lines, read_prompt, write_groups
+from machinery.files import InputError, forgive, put_text, read_lines, read_prompt, write_groups, write_lines
 from machinery.flags import Flags, read_settings
 from machinery.folder import closing, critic_folder, flags_given, further_critics, keep, measured, place, recall
 from machinery.folder import remembering, show_status, to_redo
@@ -63,7 +66,7 @@ from machinery.seeds import run_chains
 from machinery.server import Server
 from machinery.several import humans_of
 from machinery.settings import HELD_OUT, HUMAN, LOADED, PLAYED, TRAINED
-from machinery.settings import Record, check_tasks_given, flat, stages_of_run
+from machinery.settings import Record, flat, stages_of_run
 from machinery.start import check_start, machine_here, stages_to_do
 from machinery.speed import Speed
 from machinery.train import Given, Machine, arg, check_finite, check_views, load_model, save_to
@@ -167,6 +170,7 @@ class Run:
             defaults["base.documents"] = 0  # of a run whose --model was taken as it is
         self.redo = to_redo(self)
         self.record = Record(self.stages, values, defaults, self.outputs, self.redo)
+        self.track = Tracker(self)
 
     @property
     def initial(self):
@@ -246,8 +250,8 @@ class Run:
         return found[:getattr(self.options, "eval.tasks")]
 
     def learning(self, model, tokenizer):
-        """What a stage hands on to machinery.train.fit: how to save, and what fits into memory."""
-        return {"save": save_to(model, tokenizer), "micro_batch": self.machine.micro_batch}
+        """What a stage hands on to machinery.train.fit: how to save, what fits into memory, who else sees the steps."""
+        return {"save": save_to(model, tokenizer), "micro_batch": self.machine.micro_batch, "track": self.track}
 
     def better_and_worse(self, per_task, model, tokenizer, view):
         """Pairs of offline dialogues. view(trajectory): what `model` will read of it."""
@@ -305,7 +309,7 @@ def stage_rollout(run):
     dialogues = list(itertools.product(range(len(tasks)), range(cfg.per_task)))
     if cfg.dialogues:
         dialogues = dialogues[:cfg.dialogues]
-    write_groups(run.path("trajectories.jsonl"), dialogues, run.machine.rows, group, "rollout")
+    write_groups(run.path("trajectories.jsonl"), dialogues, run.machine.rows, group, "rollout", run.track)
     tell_leaks(human)
     faults.tell("rollout", read_lines(run.path("trajectories.jsonl")))
 
@@ -384,9 +388,7 @@ def stage_pairs(run):
         states = list(run.records("candidates.jsonl", schema.state("advantage")))
         nothing(run, "candidates.jsonl", "pair of turns",
                 why_no_turn_pair(states, run.settings["candidates"].n, run.given.candidates))
-    writer = JsonlWriter(run.path("pairs.jsonl"), 10 ** 9)
-    writer.write(found)
-    writer.close()
+    write_lines(run.path("pairs.jsonl"), found)
 
 
 def stage_actor(run):
@@ -463,7 +465,9 @@ def stage_eval(run):
         for (method, top_p), same in itertools.groupby(part, lambda item: item[:2]):
             records += play(method, top_p, [i for _, _, i in same])
         return records
-    write_groups(run.path("eval.jsonl"), todo, min(run.machine.rows, len(tasks)), group, "eval")
+    write_groups(
+        run.path("eval.jsonl"), todo, min(run.machine.rows, len(tasks)), group,
+        "eval", run.track)
     tell_leaks(human)
     faults.tell("eval", read_lines(run.path("eval.jsonl")))
 
@@ -533,6 +537,7 @@ def run_stage(run, name):
     if name != "report":
         remember(output.parent, name, seconds, run.speed.end(seconds))
         tell_how_to_serve(output, run.machine)
+    finished(run, name)
 
 
 # ------------------------------------------------------------------ tables and studies
@@ -585,7 +590,7 @@ def run_study(run, name):
 
 @functools.cache
 def parser():
-    return Flags(__doc__, GROUPS, stage=["all", *STAGES, "play", "table", "status", *STUDIES])
+    return Flags(__doc__, GROUPS, stage=["all", *STAGES, "play", "table", "status", *STUDIES, *EXPORTS])
 
 
 def settings_of(options, flags=True):
@@ -648,11 +653,11 @@ def open_run(argv):
 
 
 def one_name(argv):
-    """A command line with `study NAME` as one word, as the stages know it."""
+    """A command line with `study NAME` or `export NAME` as one word, as the stages know it."""
     found = []
     for word in argv:
-        if found and found[-1] == "study" and word in study.NAMES:
-            found[-1] = f"study {word}"
+        if found and f"{found[-1]} {word}" in (*STUDIES, *EXPORTS):
+            found[-1] += f" {word}"
         else:
             found.append(word)
     return found
@@ -671,13 +676,13 @@ def begin(run, stage):
     """Check what can be known before any work, and do what is asked for."""
     torch.set_num_threads(run.machine.threads)
     run.record.check_redo(run.redo, stage)
+    if stage in EXPORTS:
+        return export(run, stage)
     if stage in ("report", "play") and "device" not in run.options.given:
         run.machine = machine_here(run.machine)
     todo = stages_to_do(run, run.stages, stage)
     if todo:
         check_files(run)
-    trains = stage != "eval" or "rollout" in run.record.needs(stage)
-    check_tasks_given(run.given, run.settings["eval"].first, stage, trains)
     check_start(run, stage, todo)
     run.todo = {name: measured(run, name) for name in STAGES if name in todo}
     if stage == "table":

@@ -222,11 +222,15 @@ class JsonlWriter:
 
 def write_lines(path, records):
     """Write a JSON-lines file, whole or not at all."""
-    put_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    Path(f"{path}.partial").unlink(missing_ok=True)
+    writer = JsonlWriter(path)
+    writer.write(records)
+    writer.close()
 
 
-def write_groups(path, items, size, make, label):
+def write_groups(path, items, size, make, label, track=None):
     """Write make(items[i:i + size], i), one record an item, group by group, with a bar; goes on at a whole group.
+    track(label, number of records, {"reward": mean of the group}): who else sees what the bar shows.
 
     A record that is None could not be made now: the group's others are kept aside, the missing ones are listed there
     and in the InputError, and the next call asks for those alone.
@@ -247,7 +251,10 @@ def write_groups(path, items, size, make, label):
             aside.unlink(missing_ok=True)
             bar.update(len(records))
             if "reward" in records[0]:
-                bar.set_postfix(reward=f"{sum(r['reward'] for r in records) / len(records):.3f}", refresh=False)
+                reward = sum(record["reward"] for record in records) / len(records)
+                bar.set_postfix(reward=f"{reward:.3f}", refresh=False)
+                if track:
+                    track(label, i + len(records), {"reward": reward})
     writer.close()
 
 

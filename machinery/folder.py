@@ -81,7 +81,8 @@ def recall(flags, argv):
     with one_line(SimpleNamespace(run="stdout", running="")):
         options = flags.parse_args(argv)
         run = "runs/smoke" if options.smoke and "run" not in options.given else options.run
-        if options.stage in ("report", "status") and not os.path.isdir(run):
+        reads = options.stage.partition(" ")[0] in ("report", "status", "export")
+        if reads and not os.path.isdir(run):
             raise InputError(f"--run {run}: there is no such run")
         read = peek if options.stage == "status" else lambda path: read_json(path, {})
         kind = getattr(options, "critic.kind")
@@ -145,7 +146,10 @@ def remembering(run):
     if run.todo:
         make_room(run)
         keep(run)
-    yield
+    try:
+        yield
+    finally:
+        run.track.close()
     if (run.variant / REDO).exists():
         (run.variant / REDO).unlink()
 

@@ -12,8 +12,9 @@ import tempfile
 import torch
 
 from machinery.files import InputError, note
-from machinery.optional import first_line, load
+from machinery.optional import first_line, load, require
 from machinery.policy_server import policy_server
+from machinery.settings import check_tasks_given
 from machinery.train import check_adapters, load_model
 
 DIALOGUES = {"rollout", "eval", "credit", "best-of-n"}  # the stages that talk with the human and grade
@@ -42,6 +43,8 @@ def stages_to_do(run, stages, stage):
 
 def check_start(run, stage, todo):
     """InputError where a stage that is to do would fail for a reason that is known already."""
+    trains = stage != "eval" or "rollout" in run.record.needs(stage)
+    check_tasks_given(run.given, run.settings["eval"].first, stage, trains)
     folder = run.root if stage == "table" else run.variant
     check_folder(folder)
     if todo:
@@ -50,6 +53,8 @@ def check_start(run, stage, todo):
         check_attention(run.machine)
         if run.machine.lora:
             check_adapters("--lora")
+        if run.machine.track != "off":
+            require(run.machine.track, "--track")
     if run.settings["rollout"].answer_on_code and "test_cases" in run.world.OPTIONAL:
         raise InputError("--answer-on-code: the answers of this --task are no functions; expected one with test cases")
     if "eval" in todo and run.world.PAIRED and "base" not in run.settings["eval"].names:

@@ -109,6 +109,8 @@ class Machine:
     """Dialogues that are sampled side by side."""
     policy_server: str = ""
     """URL of a server that samples in the model's place: vLLM, or another that takes and returns token ids."""
+    track: Literal["off", "trackio", "wandb", "tensorboard"] = "off"
+    """Log what the bars show there, too; on this machine, unless the tracker's own variables say otherwise."""
 
 
 PRESETS = tomllib.loads(Path(__file__).with_name("presets.toml").read_text(encoding="utf-8"))
@@ -335,6 +337,21 @@ class Checkpoint:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+class Once:
+    """Hands each step on to `track`, if there is one, once: also where a killed training takes some steps again. How
+    many were handed on is the size of a file that grows by a byte before each, and goes with the checkpoint."""
+
+    def __init__(self, checkpoint, track, label):
+        self.track, self.label, self.file = track, label, Path(f"{checkpoint.path}.handed_on")
+        self.done = self.file.stat().st_size if self.file.exists() else 0
+
+    def __call__(self, step, row):
+        if self.track and step > self.done:
+            with open(self.file, "ab") as file:
+                file.write(b".")
+            self.track(self.label, step, row)
+
+
 def stop_unless_finite(checkpoint, label, cfg, step, figures):
     """InputError where one of a step's figures is not finite. Nothing of that training is kept: a checkpoint would bind
     the next try to the settings that led there."""
@@ -378,13 +395,14 @@ def copy_weights(weights, parameters):
 
 
 def fit(model, examples, loss_fn, out, cfg, seed, save, *,
-        label="fit", warmup=0.05, clip=1.0, micro_batch=None, sizes=None, checkpoint_seconds=20.0):
+        label="fit", warmup=0.05, clip=1.0, micro_batch=None, sizes=None, checkpoint_seconds=20.0, track=None):
     """Train `model` in place on `examples` and let `save(folder)` write the result to `out`; returns the log, a row a
     step.
 
     loss_fn(model, part, batch) -> (loss, {name: float}): the mean over some examples of a batch, all of them where
     there are no micro-batches. cfg: .lr, .batch_size, .epochs; the learning rate rises to lr over the share `warmup`
     of the steps and then falls linearly to 0. micro_batch: examples per backward pass (memory); the step is the same.
+    track(label, step, row): who else sees each step, once.
     While training, OUT.partial holds a checkpoint; the result appears in one rename.
     """
     out, work = Path(out), Path(f"{out}.partial")
@@ -408,6 +426,7 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *,
     checkpoint = Checkpoint(work / "checkpoint.pt", checkpoint_seconds, weights=weights, optimizer=optimizer,
                             schedule=schedule)
     log = checkpoint.load()
+    hand_on = Once(checkpoint, track, label)
     copy_weights(weights, learning)
     model.eval()  # no dropout: it would move step 0, and log-probs would not be comparable with the reference's
     for module in model.modules():  # a layer recomputes its activations only if it believes that it trains
@@ -430,6 +449,7 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *,
             size = float(torch.nn.utils.get_total_norm(weights))
             stop_unless_finite(checkpoint, label, cfg, len(log), {"weights": size})
             log.append(row)
+            hand_on(len(log), row)
             bar.update()
             bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name != "grad_norm"},
                             refresh=False)

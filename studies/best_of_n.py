@@ -127,7 +127,7 @@ def play(run, numbers=NUMBERS):
             records.append(record)
         return records
     todo = list(itertools.product(numbers, range(len(tasks))))
-    write_groups(file_of(run), todo, max(1, run.machine.rows // 8), group, "best of n")
+    write_groups(file_of(run), todo, max(1, run.machine.rows // 8), group, "best of n", run.track)
     tell_leaks(human)
 
 
