@@ -44,11 +44,11 @@ class Common:
 
 
 class Flags:
-    """The flags of groups of hyper-parameters {name: dataclass}. text: what the help begins with; choices: {name of a
-    flag: its words}, where the program alone knows them."""
+    """The flags of groups of hyper-parameters {name: dataclass}. text: what the help begins with; program: how it is
+    called; choices: {name of a flag: its words}, where the program alone knows them."""
 
-    def __init__(self, text, groups, **choices):
-        self.text, self.choices, self.groups = text, choices, {"common": Common, **groups}
+    def __init__(self, text, groups, program="python sweet.py", **choices):
+        self.text, self.program, self.choices, self.groups = text, program, choices, {"common": Common, **groups}
         self.places = {}
         for group, kind in self.groups.items():
             self.places |= {name_of(group, f): (group, f) for f in fields(kind)}
@@ -82,7 +82,7 @@ class Flags:
 
     def help(self):
         """The stages and the flags that matter, on one screen."""
-        rows = [f"    {self.flags[name]:16}  {self.texts[name]}" for name in MATTER]
+        rows = [f"    {self.flags[name]:16}  {self.texts[name]}" for name in MATTER if name in self.flags]
         rows.append("    --help-all        Every flag, with its default and the paper's value.")
         return "\n".join([self.text, *rows])
 
@@ -139,7 +139,7 @@ class Flags:
         line = ["--help"] if "--help-all" in argv else [*self.words(kept), *argv]
         with _errors.on_parse_error(self.refuse):
             title, _, _ = self.text.partition("\n")
-            found = tyro.cli(self.kind, args=line, prog="python sweet.py", description=title)
+            found = tyro.cli(self.kind, args=line, prog=self.program, description=title)
         options = SimpleNamespace(given=given, running="")  # .running: the stage that runs
         for name, (group, f) in self.places.items():
             known = group == "common" or name in given or name in kept
