@@ -11,6 +11,7 @@ import tempfile
 
 import torch
 
+from kernels import ranks
 from machinery.files import InputError, note
 from machinery.optional import first_line, load
 from machinery.train import check_adapters, load_model
@@ -41,6 +42,10 @@ def stages_to_do(run, stages, stage):
 
 def check_start(run, stage, todo):
     """InputError where a stage that is to do would fail for a reason that is known already."""
+    alone = stage in ("table", "play") or stage.startswith("study ")
+    if ranks.count() > 1 and (alone or "me" in (run.given.human, run.given.heldout_human)):
+        raise InputError(f"{stage if alone else '--human me'}: not under torchrun, which starts several processes; "
+                         "expected plain python")
     folder = run.root if stage == "table" else run.variant
     check_folder(folder)
     if todo:

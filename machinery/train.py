@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from kernels import ranks
 from machinery.bars import note, progress
-from machinery.files import InputError, put, put_text, set_aside
+from machinery.files import InputError, put, set_aside
 from machinery.optional import first_line, require
 from machinery.template import end_of_turn
 
@@ -282,10 +283,12 @@ def batches_of(n, batch_size, epochs, seed, sizes=None):
 
 class Checkpoint:
     """What a run needs to go on as if it had never stopped: weights, optimizer, schedule, log. Written at most every
-    `seconds`."""
+    `seconds`, as one file whatever the number of processes. parameters: all that learn; weights: {number of one: what
+    the optimizer changes}, of those that this process owns."""
 
-    def __init__(self, path, seconds, **parts):
-        self.path, self.seconds, self.parts, self.saved = Path(path), seconds, parts, time.monotonic()
+    def __init__(self, path, seconds, parameters, weights, optimizer, schedule):
+        self.path, self.seconds, self.saved = Path(path), seconds, time.monotonic()
+        self.parameters, self.weights, self.optimizer, self.schedule = parameters, weights, optimizer, schedule
 
     def load(self):
         """Put back what was saved, if anything; returns the log so far. A file that cannot be read, or is not of these
@@ -298,13 +301,19 @@ class Checkpoint:
         except Exception as error:  # zip, pickle and torch have one each, and a damaged file can have any
             set_aside(self.path, f"{type(error).__name__}: {error}")
             return []
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+        names = list(self.weights)
+        self.weights.load_state_dict({name: state["weights"][name] for name in names})
+        moments, (group,) = state["optimizer"]["state"], state["optimizer"]["param_groups"]
+        self.optimizer.load_state_dict({
+            "state": {i: moments[int(name)] for i, name in enumerate(names) if int(name) in moments},
+            "param_groups": [{**group, "params": list(range(len(names)))}],
+        })
+        self.schedule.load_state_dict(state["schedule"])
         return state["log"]
 
     def check(self, state):
         """An exception unless this is a state of these parts. Nothing is put back before all of it is known to fit."""
-        shapes = {name: weight.shape for name, weight in self.parts["weights"].state_dict().items()}
+        shapes = {str(i): parameter.shape for i, parameter in enumerate(self.parameters)}
         found = {name: weight.shape for name, weight in state["weights"].items()}
         if found != shapes:
             raise ValueError("weights of another model")
@@ -316,12 +325,30 @@ class Checkpoint:
         if groups != [list(range(len(shapes)))] or steps != len(state["log"]):
             raise ValueError("steps of another training")
 
+    def state(self):
+        """What of all this the optimizer changes, put together from all that own a part of it."""
+        optimizer = self.optimizer.state_dict()
+        moments = {}
+        for i, name in enumerate(self.weights):
+            if i in optimizer["state"]:
+                moments[int(name)] = {key: value.cpu() for key, value in optimizer["state"][i].items()}
+        weights = {name: weight.cpu() for name, weight in self.weights.state_dict().items()}
+        whole = {"weights": {}, "state": {}}
+        for part in ranks.at_first({"weights": weights, "state": moments}):
+            for name, values in part.items():
+                whole[name] |= values
+        group, = optimizer["param_groups"]
+        group = {**group, "params": list(range(len(self.parameters)))}
+        return {"weights": whole["weights"], "optimizer": {"state": whole["state"], "param_groups": [group]}}
+
     def save(self, log):
         start = time.monotonic()
-        if start - self.saved > self.seconds:
-            parts = {name: part.state_dict() for name, part in self.parts.items()}
-            torch.save({"log": log, **parts}, f"{self.path}.new")
-            put(f"{self.path}.new", self.path)
+        due, *_ = ranks.of_all(start - self.saved > self.seconds)
+        if due:
+            state = {"log": log, "schedule": self.schedule.state_dict(), **self.state()}
+            if ranks.rank() == 0:
+                torch.save(state, f"{self.path}.new")
+                put(f"{self.path}.new", self.path)
             self.saved = time.monotonic()
             if self.seconds:  # not much more than a twentieth of the time goes into large checkpoints
                 self.seconds = max(self.seconds, 20 * (self.saved - start))
@@ -338,7 +365,7 @@ def stop_unless_finite(checkpoint, label, cfg, step, figures):
     broken = [name for name, value in figures.items() if not math.isfinite(value)]
     if not broken:
         return
-    shutil.rmtree(checkpoint.path.parent)
+    shutil.rmtree(checkpoint.path.parent, ignore_errors=True)
     updated = step or "weights" in broken  # before an update, lr has had no say
     remedies = [
         f"lower --{label}-{name} (now {getattr(cfg, name):g})"
@@ -353,25 +380,37 @@ def stop_unless_finite(checkpoint, label, cfg, step, figures):
 
 def take_step(model, batch, loss_fn, micro_batch):
     """Gradient of the mean loss over a batch, `micro_batch` examples at a time; returns the step's figures. A mean over
-    tokens is one of the whole batch, which is why the loss sees the batch beside its part."""
-    row, size = {}, micro_batch or len(batch)
-    for i in progress(range(0, len(batch), size), "micro-batches"):
-        part = batch[i:i + size]
-        loss, metrics = loss_fn(model, part, batch)
-        share = len(part) / len(batch)
-        (share * loss).backward()
-        for name, value in {"loss": float(loss.detach()), **metrics}.items():
-            row[name] = row.get(name, 0.0) + share * value
+    tokens is one of the whole batch, which is why the loss sees the batch beside its part. Each of several processes
+    takes its share of the parts: the gradients still are to be summed up, the figures are those of the step."""
+    share = -(-len(batch) // ranks.count())
+    size = min(micro_batch or share, share)
+    parts = [batch[i:i + size] for i in range(0, len(batch), size)]
+
+    def learn(rank):
+        figures = {}
+        for part in progress(parts[rank::ranks.count()], "micro-batches"):
+            loss, metrics = loss_fn(model, part, batch)
+            share = len(part) / len(batch)
+            (share * loss).backward()
+            for name, value in {"loss": float(loss.detach()), **metrics}.items():
+                figures[name] = figures.get(name, 0.0) + share * value
+        return figures
+    row, *others = ranks.share_out(learn, range(ranks.count()))
+    for figures in others:
+        for name, value in figures.items():
+            row[name] += value
     return row
 
 
 @torch.no_grad()
-def copy_weights(weights, parameters):
-    """The optimizer's float32 weights into the model's own, where they are not the same tensors. A step of 1e-7 is too
-    small for bfloat16 to see, but not the sum of many."""
-    for weight, parameter in zip(weights, parameters):
+def copy_weights(weights, parameters, owner):
+    """The optimizer's float32 weights into the model's own, where they are not the same tensors, and from the process
+    that owns them to the others. A step of 1e-7 is too small for bfloat16 to see, but not the sum of many."""
+    for name, weight in weights.items():
+        parameter = parameters[int(name)]
         if weight is not parameter:
             parameter.copy_(weight)
+    ranks.broadcast(parameters, owner)
 
 
 def fit(model, examples, loss_fn, out, cfg, seed, save, *,
@@ -382,19 +421,23 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *,
     loss_fn(model, part, batch) -> (loss, {name: float}): the mean over some examples of a batch, all of them where
     there are no micro-batches. cfg: .lr, .batch_size, .epochs; the learning rate rises to lr over the share `warmup`
     of the steps and then falls linearly to 0. micro_batch: examples per backward pass (memory); the step is the same.
-    While training, OUT.partial holds a checkpoint; the result appears in one rename.
+    While training, OUT.partial holds a checkpoint; the result appears in one rename. Several processes share the work
+    and what the optimizer needs (kernels/ranks.py).
     """
     out, work = Path(out), Path(f"{out}.partial")
     work.mkdir(parents=True, exist_ok=True)
     plan = list(batches_of(len(examples), cfg.batch_size, cfg.epochs, seed, sizes))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights = torch.nn.ParameterList()
-    for parameter in learning:
-        short = parameter.dtype.itemsize < 4
-        weights.append(parameter.detach().float() if short else parameter)
-    fused = weights[0].device.type in ("cpu", "cuda")  # without a third copy of the gradients
+    owner = ranks.owners(learning)
+    weights = torch.nn.ParameterDict()
+    for i, parameter in enumerate(learning):
+        if owner[i] == ranks.rank():
+            short = parameter.dtype.itemsize < 4
+            weights[str(i)] = parameter.detach().float() if short else parameter
+    mine = list(weights.values())
+    fused = learning[0].device.type in ("cpu", "cuda")  # without a third copy of the gradients
     optimizer = torch.optim.AdamW(
-        weights, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused or None)
+        [{"params": mine}], lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused or None)
     steps = len(plan)
     warm = max(1, round(warmup * steps))
 
@@ -402,10 +445,9 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *,
         """The share of the learning rate: up over the warm-up, and down to 0."""
         return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    checkpoint = Checkpoint(work / "checkpoint.pt", checkpoint_seconds, weights=weights, optimizer=optimizer,
-                            schedule=schedule)
+    checkpoint = Checkpoint(work / "checkpoint.pt", checkpoint_seconds, learning, weights, optimizer, schedule)
     log = checkpoint.load()
-    copy_weights(weights, learning)
+    copy_weights(weights, learning, owner)
     model.eval()  # no dropout: it would move step 0, and log-probs would not be comparable with the reference's
     for module in model.modules():  # a layer recomputes its activations only if it believes that it trains
         module.training = getattr(module, "gradient_checkpointing", False)
@@ -415,16 +457,19 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *,
     with tqdm(total=len(plan), initial=len(log), desc=f"{label:>12}", unit="step", mininterval=0.5) as bar:
         for batch in plan[len(log):]:
             row = take_step(model, [examples[i] for i in batch], loss_fn, micro_batch)
-            for weight, parameter in zip(weights, learning):
-                if weight is not parameter and parameter.grad is not None:
-                    weight.grad, parameter.grad = parameter.grad.float(), None
-            row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(weights, clip))
+            gradients = []
+            for i, gradient in ranks.summed_gradients(learning, owner):
+                weights[str(i)].grad = gradient
+                gradients.append(gradient)
+            norm = ranks.total_norm(torch.nn.utils.get_total_norm(gradients))
+            torch.nn.utils.clip_grads_with_norm_(mine, clip, norm)
+            row["grad_norm"] = float(norm)
             stop_unless_finite(checkpoint, label, cfg, len(log), {"loss": row["loss"], "gradient": row["grad_norm"]})
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-            copy_weights(weights, learning)
-            size = float(torch.nn.utils.get_total_norm(weights))
+            copy_weights(weights, learning, owner)
+            size = float(torch.nn.utils.get_total_norm(learning))
             stop_unless_finite(checkpoint, label, cfg, len(log), {"weights": size})
             log.append(row)
             bar.update()
@@ -432,11 +477,14 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *,
                             refresh=False)
             checkpoint.save(log)
     model.eval()
-    save(work)
-    put_text(work / "log.json", json.dumps(log))
-    checkpoint.remove()
-    shutil.rmtree(out, ignore_errors=True)
-    put(work, out)
+
+    def finish():
+        save(work)
+        (work / "log.json").write_text(json.dumps(log), encoding="utf-8")
+        checkpoint.remove()
+        shutil.rmtree(out, ignore_errors=True)
+        put(work, out)
+    ranks.by_first(finish)()
     return log
 
 

@@ -95,7 +95,6 @@ class Unfitted:
     """A critic that learns nothing: its folder says so."""
 
     def fit(self, run, out):
-        out.mkdir(parents=True)
         write_json(out / "critic.json", {"learned": "nothing"})
 
 

@@ -1,0 +1,148 @@
+"""Several processes, one run: `torchrun --nproc-per-node N sweet.py ...` does what `python sweet.py ...` does, faster.
+
+All N processes (ranks) run the same program, line by line, on the same files. Four rules make that one run:
+
+1. Only rank 0 changes files, and while it does the others wait (`by_first`). So at the same line all find the same.
+2. Work on many items is dealt out, and all get all results, in the items' order (`share_out`). An item is computed as
+   one process would compute it, so that the files are the same, byte for byte.
+3. In training, each rank takes the gradient of its share of a step's examples, and the sum over the ranks is the step's
+   (`summed_gradients`). Each tensor has one owner, to whom its sum goes. The owner alone holds what the optimizer needs
+   for it (float32 weights and Adam's two averages: most of the memory), takes the step, and tells the others the new
+   weights (`broadcast`). This is the idea of ZeRO (Rajbhandari et al., 2020, stage 2).
+4. When one rank fails, it says why, once (`speaks`), and all end.
+
+Without torchrun, or with one process, there is one rank, and nothing here communicates. On GPUs each rank has one of
+its own, and tensors travel by NCCL; everything else, and all on the CPU, by gloo.
+
+Exercised by `python -m pytest tests/test_ranks.py`.
+"""
+import atexit
+import datetime
+import functools
+import os
+
+PATIENCE = datetime.timedelta(days=7)  # a rank waits that long for another one; a dead one is noticed at once
+
+
+def count():
+    """How many processes work on this run."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def rank():
+    """The number of this one, from 0."""
+    return int(os.environ["RANK"]) if count() > 1 else 0
+
+
+@functools.cache
+def join():
+    """Wait for all ranks to be there: (torch.distributed, the store of names and values that they share)."""
+    import torch
+    dist, backend = torch.distributed, "gloo"
+    if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # it is what `--device cuda` means from now on
+        backend = "cpu:gloo,cuda:nccl"
+    store, *_ = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=count(), timeout=PATIENCE)
+    atexit.register(dist.destroy_process_group)
+    return dist, store
+
+
+def speaks():
+    """Whether this rank, which fails, is the first one that does. The others fail with it, or because it is gone."""
+    if count() == 1:
+        return True
+    if not join.cache_info().currsize:  # not even begun: all fail alike
+        return rank() == 0
+    _, store = join()
+    try:
+        return store.add("failed", 1) == 1
+    except RuntimeError:  # the rank that kept the store has gone
+        return False
+
+
+def share_out(work, items):
+    """[work(item) for each item], on all ranks; each makes every N-th. An error that the user can mend is raised on all
+    of them."""
+    if count() == 1:
+        return [work(item) for item in items]
+    dist, _ = join()
+    made, failed = [], None
+    try:
+        made = [work(item) for item in items[rank()::count()]]
+    except (ValueError, OSError) as error:
+        failed = error
+    parts = [None] * count()
+    dist.all_gather_object(parts, (made, failed))
+    results = [None] * len(items)
+    for number, (part, error) in enumerate(parts):
+        if error:
+            raise error
+        results[number::count()] = part
+    return results
+
+
+def of_all(value):
+    """The value of each rank."""
+    return share_out(lambda _: value, range(count()))
+
+
+def by_first(work):
+    """A function that rank 0 does, when all have come to it, while the others wait; all get what it returns."""
+    @functools.wraps(work)
+    def together(*args):
+        of_all(None)
+        return share_out(lambda _: work(*args), [0])[0]
+    return together
+
+
+# ------------------------------------------------------------------ training
+
+def owners(tensors):
+    """The rank that owns each tensor: the largest first, each to the rank that has least so far."""
+    held, owner = [0] * count(), [0] * len(tensors)
+    for i in sorted(range(len(tensors)), key=lambda i: -tensors[i].numel()):
+        owner[i] = held.index(min(held))
+        held[owner[i]] += tensors[i].numel()
+    return owner
+
+
+def summed_gradients(parameters, owner):
+    """Yield (number, gradient) of each parameter that this rank owns: in at least float32, and summed over the ranks.
+    The gradients that were there are freed on the way."""
+    import torch
+    for i, parameter in enumerate(parameters):
+        gradient, parameter.grad = parameter.grad, None
+        if count() > 1 and gradient is None:  # of a rank without a part in this step
+            gradient = torch.zeros_like(parameter)
+        if gradient is not None:
+            gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        if count() > 1:
+            dist, _ = join()
+            dist.reduce(gradient, owner[i])
+        if gradient is not None and owner[i] == rank():
+            yield i, gradient
+
+
+def total_norm(norm):
+    """The norm of all ranks' tensors from the norms of each one's."""
+    if count() == 1:
+        return norm
+    return sum(part ** 2 for part in of_all(norm.cpu())).sqrt()
+
+
+def broadcast(parameters, owner):
+    """Every rank gets each owner's weights."""
+    for parameter, its in zip(parameters, owner) if count() > 1 else ():
+        dist, _ = join()
+        dist.broadcast(parameter.detach(), its)
+
+
+def at_first(value):
+    """The value of each rank, on rank 0; nothing elsewhere."""
+    if count() == 1:
+        return [value]
+    dist, _ = join()
+    values = [None] * count()
+    dist.gather_object(value, values if rank() == 0 else None)
+    return values if rank() == 0 else []
