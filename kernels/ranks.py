@@ -20,6 +20,7 @@ import atexit
 import datetime
 import functools
 import os
+import sys
 
 PATIENCE = datetime.timedelta(days=7)  # a rank waits that long for another one; a dead one is noticed at once
 
@@ -45,36 +46,37 @@ def join():
     store, *_ = next(dist.rendezvous("env://"))
     dist.init_process_group(backend, store=store, rank=rank(), world_size=count(), timeout=PATIENCE)
     atexit.register(dist.destroy_process_group)
+    if rank():  # one of them shows bars, notes and results
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     return dist, store
 
 
 def speaks():
-    """Whether this rank, which fails, is the first one that does. The others fail with it, or because it is gone."""
-    if count() == 1:
-        return True
-    if not join.cache_info().currsize:  # not even begun: all fail alike
-        return rank() == 0
-    _, store = join()
-    try:
-        return store.add("failed", 1) == 1
-    except RuntimeError:  # the rank that kept the store has gone
-        return False
+    """Whether this process, which fails, is the first one that does. The others fail as it did, or because it did."""
+    first = rank() == 0
+    if join.cache_info().currsize:
+        _, store = join()
+        try:
+            first = store.add("failed", 1) == 1
+        except RuntimeError:  # the rank that kept the store has gone
+            first = False
+    if first:
+        sys.stderr = sys.__stderr__
+    return first
 
 
 def share_out(work, items):
-    """[work(item) for each item], on all ranks; each makes every N-th. An error that the user can mend is raised on all
-    of them."""
+    """[work(item) for each item], on all ranks; each makes every N-th. What is wrong with one is raised on all."""
     if count() == 1:
         return [work(item) for item in items]
     dist, _ = join()
-    made, failed = [], None
+    made, error = [], None
     try:
         made = [work(item) for item in items[rank()::count()]]
-    except (ValueError, OSError) as error:
-        failed = error
-    parts = [None] * count()
-    dist.all_gather_object(parts, (made, failed))
-    results = [None] * len(items)
+    except (ValueError, OSError) as raised:
+        error = raised
+    parts, results = [None] * count(), [None] * len(items)
+    dist.all_gather_object(parts, (made, error))
     for number, (part, error) in enumerate(parts):
         if error:
             raise error
@@ -92,7 +94,8 @@ def by_first(work):
     @functools.wraps(work)
     def together(*args):
         of_all(None)
-        return share_out(lambda _: work(*args), [0])[0]
+        result, = share_out(lambda _: work(*args), [0])
+        return result
     return together
 
 
@@ -100,49 +103,52 @@ def by_first(work):
 
 def owners(tensors):
     """The rank that owns each tensor: the largest first, each to the rank that has least so far."""
-    held, owner = [0] * count(), [0] * len(tensors)
+    held, owner = [0] * count(), {}
     for i in sorted(range(len(tensors)), key=lambda i: -tensors[i].numel()):
         owner[i] = held.index(min(held))
         held[owner[i]] += tensors[i].numel()
-    return owner
+    return [owner[i] for i in range(len(tensors))]
 
 
-def summed_gradients(parameters, owner):
-    """Yield (number, gradient) of each parameter that this rank owns: in at least float32, and summed over the ranks.
-    The gradients that were there are freed on the way."""
+def take_gradient(parameter, owner):
+    """A parameter's gradient, in at least float32 and summed over the ranks, for its owner; None for the others. It is
+    taken from the parameter."""
     import torch
-    for i, parameter in enumerate(parameters):
-        gradient, parameter.grad = parameter.grad, None
-        if count() > 1 and gradient is None:  # of a rank without a part in this step
-            gradient = torch.zeros_like(parameter)
-        if gradient is not None:
-            gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        if count() > 1:
-            dist, _ = join()
-            dist.reduce(gradient, owner[i])
-        if gradient is not None and owner[i] == rank():
-            yield i, gradient
+    gradient, parameter.grad = parameter.grad, None
+    if gradient is None and count() > 1:  # this rank had no part in the step
+        gradient = torch.zeros_like(parameter)
+    if gradient is not None:
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    if count() > 1:
+        dist, _ = join()
+        dist.reduce(gradient, owner)
+    return gradient if owner == rank() else None
 
 
 def total_norm(norm):
-    """The norm of all ranks' tensors from the norms of each one's."""
+    """The norm of all from the norm of each rank's own."""
     if count() == 1:
         return norm
     return sum(part ** 2 for part in of_all(norm.cpu())).sqrt()
 
 
-def broadcast(parameters, owner):
-    """Every rank gets each owner's weights."""
-    for parameter, its in zip(parameters, owner) if count() > 1 else ():
+def send(weight, owner):
+    """All ranks get the owner's weight."""
+    if count() > 1:
         dist, _ = join()
-        dist.broadcast(parameter.detach(), its)
+        dist.broadcast(weight, owner)
 
 
-def at_first(value):
-    """The value of each rank, on rank 0; nothing elsewhere."""
+def to_first(state):
+    """The states of the other ranks, on rank 0: nested dictionaries of tensors, which come to the CPU."""
     if count() == 1:
-        return [value]
+        return []
     dist, _ = join()
-    values = [None] * count()
-    dist.gather_object(value, values if rank() == 0 else None)
-    return values if rank() == 0 else []
+    found = [None] * count()
+    dist.gather_object(on_cpu(state), None if rank() else found)
+    return [] if rank() else found[1:]
+
+
+def on_cpu(state):
+    """The same on the CPU."""
+    return {name: on_cpu(part) for name, part in state.items()} if isinstance(state, dict) else state.cpu()

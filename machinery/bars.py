@@ -7,14 +7,11 @@ Exercised by `python -m pytest tests/test_command.py`.
 """
 import contextlib
 import logging
-import os
 import sys
 import warnings
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-
-from kernels import ranks
 
 DELAY = 2  # seconds of work from which on a part has a bar
 
@@ -31,20 +28,13 @@ def progress(items, label):
 
 @contextlib.contextmanager
 def whole_bars():
-    """While here, warnings and the libraries' logs are lines between the bars, too. Of several processes, the first
-    alone shows anything."""
+    """While here, warnings and the libraries' logs are lines between the bars, too."""
     def show(message, category, filename, line, file=None, text=None):
         said = warnings.formatwarning(message, category, filename, line, text)
         tqdm.write(said, file=file or sys.stderr, end="")
     libraries = [logging.getLogger(name) for name in (None, "transformers", "huggingface_hub")]
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()  # a bar for each of the small files of the small world says nothing
-    with contextlib.ExitStack() as stack:
-        if ranks.rank():
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
-        stack.enter_context(warnings.catch_warnings())
-        stack.enter_context(logging_redirect_tqdm(libraries))
+    with warnings.catch_warnings(), logging_redirect_tqdm(libraries):
         warnings.showwarning = show
         yield

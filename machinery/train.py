@@ -283,12 +283,11 @@ def batches_of(n, batch_size, epochs, seed, sizes=None):
 
 class Checkpoint:
     """What a run needs to go on as if it had never stopped: weights, optimizer, schedule, log. Written at most every
-    `seconds`, as one file whatever the number of processes. parameters: all that learn; weights: {number of one: what
-    the optimizer changes}, of those that this process owns."""
+    `seconds`, as one file, from which any number of processes can go on. owner: the rank that owns each weight."""
 
-    def __init__(self, path, seconds, parameters, weights, optimizer, schedule):
-        self.path, self.seconds, self.saved = Path(path), seconds, time.monotonic()
-        self.parameters, self.weights, self.optimizer, self.schedule = parameters, weights, optimizer, schedule
+    def __init__(self, path, seconds, owner, **parts):
+        self.path, self.seconds, self.parts, self.saved = Path(path), seconds, parts, time.monotonic()
+        self.owner = owner
 
     def load(self):
         """Put back what was saved, if anything; returns the log so far. A file that cannot be read, or is not of these
@@ -301,19 +300,18 @@ class Checkpoint:
         except Exception as error:  # zip, pickle and torch have one each, and a damaged file can have any
             set_aside(self.path, f"{type(error).__name__}: {error}")
             return []
-        names = list(self.weights)
-        self.weights.load_state_dict({name: state["weights"][name] for name in names})
-        moments, (group,) = state["optimizer"]["state"], state["optimizer"]["param_groups"]
-        self.optimizer.load_state_dict({
-            "state": {i: moments[int(name)] for i, name in enumerate(names) if int(name) in moments},
-            "param_groups": [{**group, "params": list(range(len(names)))}],
-        })
-        self.schedule.load_state_dict(state["schedule"])
+        state["optimizer"]["state"] = self.mine(state["optimizer"]["state"])
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
         return state["log"]
+
+    def mine(self, values):
+        """Of {number of a weight: value}, what this process owns."""
+        return {i: value for i, value in values.items() if self.owner[int(i)] == ranks.rank()}
 
     def check(self, state):
         """An exception unless this is a state of these parts. Nothing is put back before all of it is known to fit."""
-        shapes = {str(i): parameter.shape for i, parameter in enumerate(self.parameters)}
+        shapes = {name: weight.shape for name, weight in self.parts["weights"].state_dict().items()}
         found = {name: weight.shape for name, weight in state["weights"].items()}
         if found != shapes:
             raise ValueError("weights of another model")
@@ -326,26 +324,19 @@ class Checkpoint:
             raise ValueError("steps of another training")
 
     def state(self):
-        """What of all this the optimizer changes, put together from all that own a part of it."""
-        optimizer = self.optimizer.state_dict()
-        moments = {}
-        for i, name in enumerate(self.weights):
-            if i in optimizer["state"]:
-                moments[int(name)] = {key: value.cpu() for key, value in optimizer["state"][i].items()}
-        weights = {name: weight.cpu() for name, weight in self.weights.state_dict().items()}
-        whole = {"weights": {}, "state": {}}
-        for part in ranks.at_first({"weights": weights, "state": moments}):
-            for name, values in part.items():
-                whole[name] |= values
-        group, = optimizer["param_groups"]
-        group = {**group, "params": list(range(len(self.parameters)))}
-        return {"weights": whole["weights"], "optimizer": {"state": whole["state"], "param_groups": [group]}}
+        """The state of each part; in the first process it is whole, with what the others own."""
+        found = {name: part.state_dict() for name, part in self.parts.items()}
+        moments = found["optimizer"]["state"]
+        for theirs in ranks.to_first({"weights": self.mine(found["weights"]), "moments": moments}):
+            found["weights"].update(theirs["weights"])
+            moments.update(theirs["moments"])
+        return found
 
     def save(self, log):
         start = time.monotonic()
         due, *_ = ranks.of_all(start - self.saved > self.seconds)
         if due:
-            state = {"log": log, "schedule": self.schedule.state_dict(), **self.state()}
+            state = {"log": log, **self.state()}
             if ranks.rank() == 0:
                 torch.save(state, f"{self.path}.new")
                 put(f"{self.path}.new", self.path)
@@ -380,37 +371,43 @@ def stop_unless_finite(checkpoint, label, cfg, step, figures):
 
 def take_step(model, batch, loss_fn, micro_batch):
     """Gradient of the mean loss over a batch, `micro_batch` examples at a time; returns the step's figures. A mean over
-    tokens is one of the whole batch, which is why the loss sees the batch beside its part. Each of several processes
-    takes its share of the parts: the gradients still are to be summed up, the figures are those of the step."""
-    share = -(-len(batch) // ranks.count())
+    tokens is one of the whole batch, which is why the loss sees the batch beside its part. Of several processes each
+    takes some of the parts; their gradients are still to be added up."""
+    row, share = {}, -(-len(batch) // ranks.count())
     size = min(micro_batch or share, share)
-    parts = [batch[i:i + size] for i in range(0, len(batch), size)]
-
-    def learn(rank):
-        figures = {}
-        for part in progress(parts[rank::ranks.count()], "micro-batches"):
-            loss, metrics = loss_fn(model, part, batch)
-            share = len(part) / len(batch)
-            (share * loss).backward()
-            for name, value in {"loss": float(loss.detach()), **metrics}.items():
-                figures[name] = figures.get(name, 0.0) + share * value
-        return figures
-    row, *others = ranks.share_out(learn, range(ranks.count()))
-    for figures in others:
-        for name, value in figures.items():
-            row[name] += value
+    starts = range(0, len(batch), size)
+    for i in progress(starts[ranks.rank()::ranks.count()], "micro-batches"):
+        part = batch[i:i + size]
+        loss, metrics = loss_fn(model, part, batch)
+        share = len(part) / len(batch)
+        (share * loss).backward()
+        for name, value in {"loss": float(loss.detach()), **metrics}.items():
+            row[name] = row.get(name, 0.0) + share * value
+    row, *others = ranks.of_all(row)
+    for name in row:
+        row[name] += sum(other.get(name, 0.0) for other in others)
     return row
+
+
+def without_dropout(model):
+    """The model made ready to learn. Dropout would move step 0, and log-probs would not be comparable with the
+    reference's."""
+    model.eval()
+    for module in model.modules():  # a layer recomputes its activations only if it believes that it trains
+        module.training = getattr(module, "gradient_checkpointing", False)
+        for name in ("dropout", "activation_dropout", "hidden_dropout") if module.training else ():
+            if isinstance(getattr(module, name, None), float):  # OPT's layers apply their own
+                setattr(module, name, 0.0)
 
 
 @torch.no_grad()
 def copy_weights(weights, parameters, owner):
-    """The optimizer's float32 weights into the model's own, where they are not the same tensors, and from the process
-    that owns them to the others. A step of 1e-7 is too small for bfloat16 to see, but not the sum of many."""
-    for name, weight in weights.items():
-        parameter = parameters[int(name)]
+    """The optimizer's float32 weights into the model's own, where they are not the same tensors, and from their owner
+    to the other processes. A step of 1e-7 is too small for bfloat16 to see, but not the sum of many."""
+    for weight, parameter, its in zip(weights, parameters, owner):
         if weight is not parameter:
             parameter.copy_(weight)
-    ranks.broadcast(parameters, owner)
+        ranks.send(parameter, its)
 
 
 def fit(model, examples, loss_fn, out, cfg, seed, save, *,
@@ -421,7 +418,7 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *,
     loss_fn(model, part, batch) -> (loss, {name: float}): the mean over some examples of a batch, all of them where
     there are no micro-batches. cfg: .lr, .batch_size, .epochs; the learning rate rises to lr over the share `warmup`
     of the steps and then falls linearly to 0. micro_batch: examples per backward pass (memory); the step is the same.
-    While training, OUT.partial holds a checkpoint; the result appears in one rename. Several processes share the work
+    While training, OUT.partial holds a checkpoint; the result appears in one rename. Several processes share the work,
     and what the optimizer needs (kernels/ranks.py).
     """
     out, work = Path(out), Path(f"{out}.partial")
@@ -429,15 +426,13 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *,
     plan = list(batches_of(len(examples), cfg.batch_size, cfg.epochs, seed, sizes))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     owner = ranks.owners(learning)
-    weights = torch.nn.ParameterDict()
-    for i, parameter in enumerate(learning):
-        if owner[i] == ranks.rank():
-            short = parameter.dtype.itemsize < 4
-            weights[str(i)] = parameter.detach().float() if short else parameter
-    mine = list(weights.values())
-    fused = learning[0].device.type in ("cpu", "cuda")  # without a third copy of the gradients
+    weights = torch.nn.ParameterList()
+    for parameter, its in zip(learning, owner):
+        short = parameter.dtype.itemsize < 4 and its == ranks.rank()
+        weights.append(parameter.detach().float() if short else parameter)
+    fused = weights[0].device.type in ("cpu", "cuda")  # without a third copy of the gradients
     optimizer = torch.optim.AdamW(
-        [{"params": mine}], lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused or None)
+        weights, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused or None)
     steps = len(plan)
     warm = max(1, round(warmup * steps))
 
@@ -445,24 +440,19 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *,
         """The share of the learning rate: up over the warm-up, and down to 0."""
         return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    checkpoint = Checkpoint(work / "checkpoint.pt", checkpoint_seconds, learning, weights, optimizer, schedule)
+    checkpoint = Checkpoint(work / "checkpoint.pt", checkpoint_seconds, owner, weights=weights, optimizer=optimizer,
+                            schedule=schedule)
     log = checkpoint.load()
     copy_weights(weights, learning, owner)
-    model.eval()  # no dropout: it would move step 0, and log-probs would not be comparable with the reference's
-    for module in model.modules():  # a layer recomputes its activations only if it believes that it trains
-        module.training = getattr(module, "gradient_checkpointing", False)
-        for name in ("dropout", "activation_dropout", "hidden_dropout") if module.training else ():
-            if isinstance(getattr(module, name, None), float):  # OPT's layers apply their own
-                setattr(module, name, 0.0)
+    without_dropout(model)
     with tqdm(total=len(plan), initial=len(log), desc=f"{label:>12}", unit="step", mininterval=0.5) as bar:
         for batch in plan[len(log):]:
             row = take_step(model, [examples[i] for i in batch], loss_fn, micro_batch)
-            gradients = []
-            for i, gradient in ranks.summed_gradients(learning, owner):
-                weights[str(i)].grad = gradient
-                gradients.append(gradient)
+            for weight, parameter, its in zip(weights, learning, owner):
+                weight.grad = ranks.take_gradient(parameter, its)
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
             norm = ranks.total_norm(torch.nn.utils.get_total_norm(gradients))
-            torch.nn.utils.clip_grads_with_norm_(mine, clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(weights, clip, norm)
             row["grad_norm"] = float(norm)
             stop_unless_finite(checkpoint, label, cfg, len(log), {"loss": row["loss"], "gradient": row["grad_norm"]})
             optimizer.step()
@@ -478,13 +468,14 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *,
             checkpoint.save(log)
     model.eval()
 
+    @ranks.by_first
     def finish():
         save(work)
         (work / "log.json").write_text(json.dumps(log), encoding="utf-8")
         checkpoint.remove()
         shutil.rmtree(out, ignore_errors=True)
         put(work, out)
-    ranks.by_first(finish)()
+    finish()
     return log
 
 
