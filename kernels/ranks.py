@@ -11,6 +11,9 @@ All N processes (ranks) run the same program, line by line, on the same files. F
    weights (`broadcast`). This is the idea of ZeRO (Rajbhandari et al., 2020, stage 2).
 4. When one rank fails, it says why, once (`speaks`), and all end.
 
+A model that does not fit on one GPU is trained with `--shard`: each rank holds a part of every tensor, and a layer is
+put together while it computes (FSDP2, torch's `fully_shard`, as transformers applies it). Then nobody owns a whole one.
+
 Without torchrun, or with one process, there is one rank, and nothing here communicates. On GPUs each rank has one of
 its own, and tensors travel by NCCL; everything else, and all on the CPU, by gloo.
 
@@ -101,11 +104,21 @@ def by_first(work):
 
 # ------------------------------------------------------------------ training
 
+def is_sharded(what):
+    """Whether FSDP2 has shared out a tensor, or a model's."""
+    if count() == 1:
+        return False
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+    return isinstance(what, FSDPModule | DTensor)
+
+
 def owners(tensors):
-    """The rank that owns each tensor: the largest first, each to the rank that has least so far."""
+    """The rank that owns each tensor: the largest first, each to the rank that has least so far. Of one that is sharded
+    each rank owns its part."""
     held, owner = [0] * count(), {}
     for i in sorted(range(len(tensors)), key=lambda i: -tensors[i].numel()):
-        owner[i] = held.index(min(held))
+        owner[i] = rank() if is_sharded(tensors[i]) else held.index(min(held))
         held[owner[i]] += tensors[i].numel()
     return [owner[i] for i in range(len(tensors))]
 
@@ -119,36 +132,53 @@ def take_gradient(parameter, owner):
         gradient = torch.zeros_like(parameter)
     if gradient is not None:
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    if is_sharded(parameter):
+        return gradient * count()  # FSDP2 has taken the mean
     if count() > 1:
         dist, _ = join()
         dist.reduce(gradient, owner)
     return gradient if owner == rank() else None
 
 
-def total_norm(norm):
-    """The norm of all from the norm of each rank's own."""
+def norm(tensors):
+    """The norm of all tensors, from what each rank owns of them."""
+    import torch
+    own = torch.nn.utils.get_total_norm([tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors])
     if count() == 1:
-        return norm
-    return sum(part ** 2 for part in of_all(norm.cpu())).sqrt()
+        return own
+    return sum(part ** 2 for part in of_all(own.cpu())).sqrt()
 
 
 def send(weight, owner):
     """All ranks get the owner's weight."""
-    if count() > 1:
+    if count() > 1 and not is_sharded(weight):
         dist, _ = join()
         dist.broadcast(weight, owner)
 
 
 def to_first(state):
-    """The states of the other ranks, on rank 0: nested dictionaries of tensors, which come to the CPU."""
+    """The states of all ranks, rank 0's at last, on rank 0: nested dictionaries of tensors, which come to the CPU."""
     if count() == 1:
         return []
     dist, _ = join()
     found = [None] * count()
     dist.gather_object(on_cpu(state), None if rank() else found)
-    return [] if rank() else found[1:]
+    return [] if rank() else found[::-1]
 
 
 def on_cpu(state):
-    """The same on the CPU."""
-    return {name: on_cpu(part) for name, part in state.items()} if isinstance(state, dict) else state.cpu()
+    """The same on the CPU; what is sharded is put together on rank 0."""
+    if isinstance(state, dict):
+        return {name: on_cpu(part) for name, part in state.items()}
+    if is_sharded(state):
+        state = state.full_tensor()
+        return None if rank() else state.cpu()
+    return state.cpu()
+
+
+def part_of(value, like):
+    """What this rank keeps of a whole tensor for one that is or is not sharded."""
+    if not is_sharded(like) or not value.dim():
+        return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)

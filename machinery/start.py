@@ -46,6 +46,8 @@ def check_start(run, stage, todo):
     if ranks.count() > 1 and (alone or "me" in (run.given.human, run.given.heldout_human)):
         raise InputError(f"{stage if alone else '--human me'}: not under torchrun, which starts several processes; "
                          "expected plain python")
+    if run.machine.shard and (ranks.count() == 1 or run.machine.lora):
+        raise InputError("--shard: expected several processes (torchrun), and no --lora")
     folder = run.root if stage == "table" else run.variant
     check_folder(folder)
     if todo:

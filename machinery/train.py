@@ -97,6 +97,8 @@ class Machine:
     """float32 or bfloat16; the optimizer keeps float32 weights either way."""
     attention: str = ""
     """Attention implementation: eager, sdpa, flash_attention_2... ('': the model's own choice)."""
+    shard: bool = False
+    """Under torchrun each process holds a part of every weight while a model learns: for one that is too large."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     lora: int = arg(0, least=0)
@@ -122,6 +124,10 @@ def load_model(path, cfg=None, train=False, seed=0):
     if cfg.dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype {cfg.dtype}: expected float32 or bfloat16")
     extra = {"attn_implementation": cfg.attention} if cfg.attention else {}
+    if train and cfg.shard:
+        from transformers.distributed import DistributedConfig
+        extra["distributed_config"] = DistributedConfig(
+            fsdp_size=ranks.count(), fsdp_mixed_precision=cfg.dtype == "bfloat16")
     adapted = (Path(path) / "adapter_config.json").exists()
     if adapted:
         check_adapters(path)
@@ -300,7 +306,11 @@ class Checkpoint:
         except Exception as error:  # zip, pickle and torch have one each, and a damaged file can have any
             set_aside(self.path, f"{type(error).__name__}: {error}")
             return []
-        state["optimizer"]["state"] = self.mine(state["optimizer"]["state"])
+        weights, whole = self.parts["weights"], self.mine(state["optimizer"]["state"])
+        state["weights"] = {name: ranks.part_of(value, weights[int(name)]) for name, value in state["weights"].items()}
+        for i, moments in whole.items():
+            whole[i] = {name: ranks.part_of(value, weights[i]) for name, value in moments.items()}
+        state["optimizer"]["state"] = whole
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         return state["log"]
@@ -372,21 +382,21 @@ def stop_unless_finite(checkpoint, label, cfg, step, figures):
 def take_step(model, batch, loss_fn, micro_batch):
     """Gradient of the mean loss over a batch, `micro_batch` examples at a time; returns the step's figures. A mean over
     tokens is one of the whole batch, which is why the loss sees the batch beside its part. Of several processes each
-    takes some of the parts; their gradients are still to be added up."""
+    takes some of the parts; their gradients are still to be added up. Who has no part left runs one for nothing,
+    because layers that are sharded need everybody."""
     row, share = {}, -(-len(batch) // ranks.count())
     size = min(micro_batch or share, share)
-    starts = range(0, len(batch), size)
-    for i in progress(starts[ranks.rank()::ranks.count()], "micro-batches"):
+    stride = size * ranks.count()
+    rounds = -(-len(batch) // stride)
+    for i in progress(range(size * ranks.rank(), stride * rounds, stride), "micro-batches"):
         part = batch[i:i + size]
-        loss, metrics = loss_fn(model, part, batch)
+        loss, metrics = loss_fn(model, part or batch[:1], batch)
         share = len(part) / len(batch)
         (share * loss).backward()
         for name, value in {"loss": float(loss.detach()), **metrics}.items():
             row[name] = row.get(name, 0.0) + share * value
-    row, *others = ranks.of_all(row)
-    for name in row:
-        row[name] += sum(other.get(name, 0.0) for other in others)
-    return row
+    rows = ranks.of_all(row)
+    return {name: sum(row[name] for row in rows) for name in row}
 
 
 def without_dropout(model):
@@ -430,6 +440,7 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *,
     for parameter, its in zip(learning, owner):
         short = parameter.dtype.itemsize < 4 and its == ranks.rank()
         weights.append(parameter.detach().float() if short else parameter)
+    mine = [weight for weight, its in zip(weights, owner) if its == ranks.rank()]
     fused = weights[0].device.type in ("cpu", "cuda")  # without a third copy of the gradients
     optimizer = torch.optim.AdamW(
         weights, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused or None)
@@ -450,8 +461,7 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *,
             row = take_step(model, [examples[i] for i in batch], loss_fn, micro_batch)
             for weight, parameter, its in zip(weights, learning, owner):
                 weight.grad = ranks.take_gradient(parameter, its)
-            gradients = [weight.grad for weight in weights if weight.grad is not None]
-            norm = ranks.total_norm(torch.nn.utils.get_total_norm(gradients))
+            norm = ranks.norm([weight.grad for weight in mine if weight.grad is not None])
             torch.nn.utils.clip_grads_with_norm_(weights, clip, norm)
             row["grad_norm"] = float(norm)
             stop_unless_finite(checkpoint, label, cfg, len(log), {"loss": row["loss"], "gradient": row["grad_norm"]})
@@ -459,7 +469,7 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *,
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             copy_weights(weights, learning, owner)
-            size = float(torch.nn.utils.get_total_norm(learning))
+            size = float(ranks.norm(mine))
             stop_unless_finite(checkpoint, label, cfg, len(log), {"weights": size})
             log.append(row)
             bar.update()
@@ -467,10 +477,14 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *,
                             refresh=False)
             checkpoint.save(log)
     model.eval()
+    sharded = any(map(ranks.is_sharded, learning))
+    if sharded:
+        save(work)  # everybody hands over a part; transformers lets the first write
 
     @ranks.by_first
     def finish():
-        save(work)
+        if not sharded:
+            save(work)
         (work / "log.json").write_text(json.dumps(log), encoding="utf-8")
         checkpoint.remove()
         shutil.rmtree(out, ignore_errors=True)
