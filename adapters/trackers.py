@@ -16,6 +16,7 @@ import datetime
 import os
 import sys
 
+from kernels import ranks
 from machinery.bars import note
 from machinery.files import read_json, write_json
 from machinery.optional import first_line, require
@@ -123,7 +124,11 @@ class Tracker:
             with contextlib.redirect_stdout(sys.stderr):  # what trackers say is no result
                 if self.tracker is None:
                     folder = self.run.variant
-                    self.tracker = self.kind(self.name(folder), folder, self.run.record.values)
+                    name = self.name(folder)
+                    if ranks.rank():  # of several processes one hands on
+                        self.kind = None
+                        return
+                    self.tracker = self.kind(name, folder, self.run.record.values)
                 getattr(self.tracker, method)(*arguments)
         except Exception as error:
             note(f"sweet: note: --track {self.run.machine.track}: {first_line(error)}; the run goes on without it")

@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+from kernels import ranks
 from machinery.bars import note
 from machinery.files import InputError, read_json, split_specs, write_json
 from machinery.hub import local_file
@@ -150,16 +151,19 @@ def remembering(run):
         yield
     finally:
         run.track.close()
-    if (run.variant / REDO).exists():
-        (run.variant / REDO).unlink()
+    (run.variant / REDO).unlink(missing_ok=True)
 
 
 def make_room(run):
     """Remove what --redo names and all that was made from it, the last first: at a stop, what is left fits together."""
     if run.redo:
         gone = list(run.record.what_follows(run.redo))
-        for path in reversed(gone):
-            remove(Path(path))
+
+        @ranks.by_first
+        def clear():
+            for path in reversed(gone):
+                remove(Path(path))
+        clear()
         note(f"sweet: removed: {shlex.join(gone)}" if gone else "sweet: note: --redo: nothing was there")
         write_json(run.variant / REDO, asked(run.options))
     run.record.redo = []

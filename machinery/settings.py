@@ -181,7 +181,6 @@ class Record:
         self.check(name)
         if name == "report" or not self.outputs(name) or self.outputs(name)[0].exists():
             return
-        self.file(name).parent.mkdir(parents=True, exist_ok=True)
         write_json(self.file(name), dependencies(name, self.stages, self.values))
 
     def what_follows(self, made):

@@ -11,6 +11,7 @@ import tempfile
 
 import torch
 
+from kernels import ranks
 from machinery.files import InputError, note
 from machinery.optional import first_line, load, require
 from machinery.policy_server import policy_server
@@ -45,6 +46,12 @@ def check_start(run, stage, todo):
     """InputError where a stage that is to do would fail for a reason that is known already."""
     trains = stage != "eval" or "rollout" in run.record.needs(stage)
     check_tasks_given(run.given, run.settings["eval"].first, stage, trains)
+    alone = stage in ("table", "play") or stage.startswith("study ")
+    if ranks.count() > 1 and (alone or "me" in (run.given.human, run.given.heldout_human)):
+        raise InputError(f"{stage if alone else '--human me'}: not under torchrun, which starts several processes; "
+                         "expected plain python")
+    if run.machine.shard and (ranks.count() == 1 or run.machine.lora):
+        raise InputError("--shard: expected several processes (torchrun), and no --lora")
     folder = run.root if stage == "table" else run.variant
     check_folder(folder)
     if todo:
