@@ -252,7 +252,7 @@ def main(argv=None):
             raise InputError("--human-...: expected --human URL beside it")
         found = list(read_functions(options.source))
         tasks = checked(found)
-        if options.human:
+        if tasks and options.human:
             tasks = worded(tasks, options.human, cfg, options.seed)
         if not tasks:
             raise InputError(f"--from {options.source}: none of its functions makes a task")
