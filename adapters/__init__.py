@@ -9,6 +9,7 @@ from machinery.optional import load
 
 EXPORTS = {  # command: a function of the run, module:function
     "export merged": "adapters.merged:export",
+    "export trl": "adapters.trl:export",
 }
 
 

@@ -440,6 +440,22 @@ def copy_weights(weights, parameters, owner):
         ranks.send(parameter, its)
 
 
+def optimizer_of(learning, owner, lr, steps, warmup):
+    """(weights, AdamW, schedule) of the parameters that learn. The weights are theirs, in float32 where this process
+    owns them; the learning rate rises over the share `warmup` of the steps, and then falls to 0."""
+    weights = torch.nn.ParameterList()
+    for parameter, its in zip(learning, owner):
+        short = parameter.dtype.itemsize < 4 and its == ranks.rank()
+        weights.append(parameter.detach().float() if short else parameter)
+    fused = weights[0].device.type in ("cpu", "cuda")  # without a third copy of the gradients
+    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused or None)
+    warm = max(1, round(warmup * steps))
+
+    def rate(step):
+        return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+    return weights, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+
 def fit(model, examples, loss_fn, out, cfg, seed, save, *,
         label="fit", warmup=0.05, clip=1.0, micro_batch=None, sizes=None, checkpoint_seconds=20.0, track=None):
     """Train `model` in place on `examples` and let `save(folder)` write the result to `out`; returns the log, a row a
@@ -457,25 +473,11 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *,
     plan = list(batches_of(len(examples), cfg.batch_size, cfg.epochs, seed, sizes))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     owner = ranks.owners(learning)
-    weights = torch.nn.ParameterList()
-    for parameter, its in zip(learning, owner):
-        short = parameter.dtype.itemsize < 4 and its == ranks.rank()
-        weights.append(parameter.detach().float() if short else parameter)
+    weights, optimizer, schedule = optimizer_of(learning, owner, cfg.lr, len(plan), warmup)
     mine = [weight for weight, its in zip(weights, owner) if its == ranks.rank()]
-    fused = weights[0].device.type in ("cpu", "cuda")  # without a third copy of the gradients
-    optimizer = torch.optim.AdamW(
-        weights, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused or None)
-    steps = len(plan)
-    warm = max(1, round(warmup * steps))
-
-    def rate(step):
-        """The share of the learning rate: up over the warm-up, and down to 0."""
-        return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     checkpoint = Checkpoint(work / "checkpoint.pt", checkpoint_seconds, owner, weights=weights, optimizer=optimizer,
                             schedule=schedule)
     log = checkpoint.load()
-    hand_on = Once(checkpoint, track, label)
     hand_on = Once(checkpoint, track, label)
     copy_weights(weights, learning, owner)
     without_dropout(model)
