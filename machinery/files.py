@@ -256,7 +256,8 @@ def write_groups(path, items, size, make, label, track=None):
         part = items[i:i + size]
         records = read_json(aside(i), {"records": [None] * len(part)})["records"]
         todo = [j for j, record in enumerate(records) if record is None]
-        for j, record in zip(todo, make([part[j] for j in todo], i) if todo else ()):
+        made = make([part[j] for j in todo], i) if todo else ()
+        for j, record in zip(todo, made):
             records[j] = record
         return records
     with tqdm(total=len(items), initial=writer.done, desc=f"{label:>12}", mininterval=0.5) as bar:

@@ -66,7 +66,11 @@ class PolicyServer(Endpoint):
             "logprobs": 0,  # of the sampled tokens alone
         }
         requests = []
-        for (prompt, _), rows in groupby(zip(prompts, keys), lambda row: (row[0], row[1][:-1])):
+
+        def together(row):
+            prompt, key = row
+            return prompt, key[:-1]
+        for (prompt, _), rows in groupby(zip(prompts, keys), together):
             (_, key), *others = rows
             seed = seed_of(key) >> 33  # small enough for any server
             requests.append({**decoding, "prompt": prompt, "n": 1 + len(others), "seed": seed})

@@ -82,7 +82,9 @@ def stages_of_run(stages, run):
         left_out |= {"eval", "credit"}
     found = {}
     for name, stage in stages.items():
-        unseen = run.methods.keys() - run.settings["eval"].names if name == "eval" and not run.further else set()
+        unseen = set()
+        if name == "eval" and not run.further:
+            unseen = run.methods.keys() - run.settings["eval"].names
         after = [earlier for earlier in stage.after if earlier not in left_out | unseen]
         found[name] = dataclasses.replace(stage, after=after)
     if run.tunes:

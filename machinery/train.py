@@ -448,7 +448,8 @@ def optimizer_of(learning, owner, lr, steps, warmup):
         short = parameter.dtype.itemsize < 4 and its == ranks.rank()
         weights.append(parameter.detach().float() if short else parameter)
     fused = weights[0].device.type in ("cpu", "cuda")  # without a third copy of the gradients
-    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused or None)
+    optimizer = torch.optim.AdamW(
+        weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused or None)
     warm = max(1, round(warmup * steps))
 
     def rate(step):
