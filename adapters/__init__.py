@@ -19,16 +19,15 @@ def export(run, command):
 
 
 def finished(run, stage):
-    """What follows a stage that was made: the card of its model, or, where figures are what the command ends with, all
-    cards, and the table for the tracker."""
+    """What follows a stage that was made: the card of its model, or, where it made figures, all cards and the table for
+    the tracker."""
     from adapters import cards
-    goal = "report" if run.options.stage == "all" else run.options.stage
-    ends = stage == goal and stage in ("eval", "credit", "report")
-    changed = [name for name in cards.models(run) if ends or name == stage]
+    measures = stage in ("eval", "credit", "report")
+    changed = [name for name in cards.models(run) if measures or name == stage]
     if not changed:
         return
     figures = cards.measured(run)
     for name in changed:
         cards.write(run, name, run.path(name), figures)
-    if ends and run.todo:
+    if stage == "eval":
         run.track.table(*cards.results(figures))

@@ -1,7 +1,7 @@
 """Model cards: each model of a run says what it is, how it was trained, and how well it does.
 
 A card is README.md in the model's folder, with the block of metadata that the Hugging Face hub reads. It is written
-when the stage is finished, and again at the end of a command that made figures (eval, credit) to put into it. It
+when the stage is finished, and again once there are figures (eval, credit) to put into it. It
 depends on the run's files alone, so the same run has the same cards.
 
 Exercised by `python -m pytest tests/test_adapters_cards.py`.

@@ -45,24 +45,27 @@ def whole(tmp_path_factory):
 
 # ------------------------------------------------------------------ datasets
 
-def said(value):
-    """A value without what is null: in a table, a row has the fields of all."""
-    if isinstance(value, dict):
-        return {name: said(item) for name, item in value.items() if item is not None and said(item) != {}}
-    return [said(item) for item in value] if isinstance(value, list) else value
+def same(row, record):
+    """Whether a row of a table is a record: it has the fields of all, null where this record has none. datasets keeps
+    ten decimals of a number where it packs some fields as JSON."""
+    if isinstance(row, dict):
+        return row.keys() >= record.keys() and all(same(value, record.get(name)) for name, value in row.items())
+    if isinstance(row, list):
+        return len(row) == len(record) and all(map(same, row, record))
+    return math.isclose(row, record, abs_tol=1e-9) if isinstance(row, float) else row == record
 
 
-@pytest.mark.parametrize("chunksize", [None, 2000])
+@pytest.mark.parametrize("share", [1, 2 / 3])
 @pytest.mark.parametrize("name", FILES)
-def test_datasets_opens_every_file(whole, tmp_path, monkeypatch, name, chunksize):
-    """With chunks of two or three lines, too: what is read later has to fit the types that the first ones had."""
+def test_datasets_opens_every_file(whole, tmp_path, name, share):
+    """In two chunks, too, as files of over 10 MB are read: the second has to fit the types of the first."""
     datasets = pytest.importorskip("datasets")
     assert sorted(path.stem for path in whole.folder.glob("*.jsonl")) == FILES
     file = whole.folder / f"{name}.jsonl"
-    more = {"chunksize": chunksize} if chunksize else {}
-    found = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path), **more)
-    rows = list(read_lines(file))
-    assert len(found) == len(rows) and [said(row) for row in found.to_list()] == [said(row) for row in rows]
+    chunksize = int(share * file.stat().st_size)
+    found = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path),
+                                  chunksize=chunksize)
+    assert same(found.to_list(), list(read_lines(file)))
 
 
 # ------------------------------------------------------------------ cards
