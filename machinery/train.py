@@ -410,6 +410,15 @@ def without_dropout(model):
                 setattr(module, name, 0.0)
 
 
+def own_weights(parameters, owner):
+    """What the optimizer changes: the model's parameters themselves, or float32 copies of short ones that are owned."""
+    weights = torch.nn.ParameterList()
+    for parameter, its in zip(parameters, owner):
+        short = parameter.dtype.itemsize < 4 and its == ranks.rank()
+        weights.append(parameter.detach().float() if short else parameter)
+    return weights
+
+
 @torch.no_grad()
 def copy_weights(weights, parameters, owner):
     """The optimizer's float32 weights into the model's own, where they are not the same tensors, and from their owner
@@ -436,10 +445,7 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *,
     plan = list(batches_of(len(examples), cfg.batch_size, cfg.epochs, seed, sizes))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     owner = ranks.owners(learning)
-    weights = torch.nn.ParameterList()
-    for parameter, its in zip(learning, owner):
-        short = parameter.dtype.itemsize < 4 and its == ranks.rank()
-        weights.append(parameter.detach().float() if short else parameter)
+    weights = own_weights(learning, owner)
     mine = [weight for weight, its in zip(weights, owner) if its == ranks.rank()]
     fused = weights[0].device.type in ("cpu", "cuda")  # without a third copy of the gradients
     optimizer = torch.optim.AdamW(
