@@ -443,6 +443,7 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *,
     out, work = Path(out), Path(f"{out}.partial")
     work.mkdir(parents=True, exist_ok=True)
     plan = list(batches_of(len(examples), cfg.batch_size, cfg.epochs, seed, sizes))
+    ranks.reshard(model)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     owner = ranks.owners(learning)
     weights = own_weights(learning, owner)

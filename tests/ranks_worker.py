@@ -116,6 +116,7 @@ def ends(what, folder):
 def main(what, folder):
     if what != "train":
         return ends(what, folder)
+    ranks.join()
     found = all_trainings(folder, "two")
     learn("actor", folder / "one-dies")  # it goes on where one process was stopped
     found["sharded"] = sharded_trainings(folder / "sharded", "two")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--base-documents", "300", "--base-epochs", "1", "--rollout-tasks", "24", "--rollout-per-task", "8",
+TINY = ["--base-documents", "1500", "--base-epochs", "2", "--rollout-tasks", "24", "--rollout-per-task", "8",
         "--critic-epochs", "1", "--candidates-states", "40", "--candidates-n", "4", "--actor-epochs", "1",
         "--rft-epochs", "1", "--multiturn-epochs", "1", "--eval-tasks", "6", "--rows", "40"]
 
