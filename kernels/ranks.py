@@ -113,6 +113,12 @@ def is_sharded(what):
     return isinstance(what, FSDPModule | DTensor)
 
 
+def reshard(model):
+    """Take tensors apart again that a pass without gradients has left whole."""
+    for module in filter(is_sharded, model.modules()):
+        module.reshard()
+
+
 def owners(tensors):
     """The rank that owns each tensor: the largest first, each to the rank that has least so far. Of one that is sharded
     each rank owns its part."""

@@ -430,6 +430,15 @@ def without_dropout(model):
                 setattr(module, name, 0.0)
 
 
+def own_weights(parameters, owner):
+    """What the optimizer changes: the model's parameters themselves, or float32 copies of short ones that are owned."""
+    weights = torch.nn.ParameterList()
+    for parameter, its in zip(parameters, owner):
+        short = parameter.dtype.itemsize < 4 and its == ranks.rank()
+        weights.append(parameter.detach().float() if short else parameter)
+    return weights
+
+
 @torch.no_grad()
 def copy_weights(weights, parameters, owner):
     """The optimizer's float32 weights into the model's own, where they are not the same tensors, and from their owner
@@ -443,10 +452,7 @@ def copy_weights(weights, parameters, owner):
 def optimizer_of(learning, owner, lr, steps, warmup):
     """(weights, AdamW, schedule) of the parameters that learn. The weights are theirs, in float32 where this process
     owns them; the learning rate rises over the share `warmup` of the steps, and then falls to 0."""
-    weights = torch.nn.ParameterList()
-    for parameter, its in zip(learning, owner):
-        short = parameter.dtype.itemsize < 4 and its == ranks.rank()
-        weights.append(parameter.detach().float() if short else parameter)
+    weights = own_weights(learning, owner)
     fused = weights[0].device.type in ("cpu", "cuda")  # without a third copy of the gradients
     optimizer = torch.optim.AdamW(
         weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused or None)
@@ -472,6 +478,7 @@ def fit(model, examples, loss_fn, out, cfg, seed, save, *,
     out, work = Path(out), Path(f"{out}.partial")
     work.mkdir(parents=True, exist_ok=True)
     plan = list(batches_of(len(examples), cfg.batch_size, cfg.epochs, seed, sizes))
+    ranks.reshard(model)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     owner = ranks.owners(learning)
     weights, optimizer, schedule = optimizer_of(learning, owner, cfg.lr, len(plan), warmup)

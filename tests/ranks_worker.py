@@ -18,9 +18,10 @@ class Killed(Exception):
     pass
 
 
-def learn(kind, out, dtype="float64", micro_batch=None, die_after=None):
+def learn(kind, out, dtype="float64", micro_batch=None, die_after=None, shard=""):
     """Train a tiny model on nine examples, four at a time (the last step of an epoch has one); returns the bytes of
-    this process's optimizer state. die_after: Killed after so many steps, with a checkpoint of the last one."""
+    this process's optimizer state. die_after: Killed after so many steps, with a checkpoint of the last one. shard: a
+    model to load in float32, in parts where there are several processes."""
     import torch
     from conftest import COVERAGE, tiny_llama
 
@@ -31,8 +32,15 @@ def learn(kind, out, dtype="float64", micro_batch=None, die_after=None):
     from worlds import backend
     COVERAGE.stop()
     torch.set_num_threads(1)
-    tokenizer = backend.make_tokenizer()
-    model = tiny_llama(len(tokenizer), tie=kind == "critic").to(getattr(torch, dtype))
+    if shard:
+        model, tokenizer = train.load_model(shard, train.Machine(shard=ranks.count() > 1), train=True)
+        save = train.save_to(model, tokenizer)
+    else:
+        tokenizer = backend.make_tokenizer()
+        model = tiny_llama(len(tokenizer), tie=kind == "critic").to(getattr(torch, dtype))
+
+        def save(folder):
+            torch.save(model.state_dict(), folder / "weights.pt")
     documents = [{"task": {"ground_truth": reference}, "dialogue_history": messages}
                  for messages, reference in backend.documents(18, seed=7)]
     views = [render(tokenizer, document["dialogue_history"]) for document in documents]
@@ -48,8 +56,8 @@ def learn(kind, out, dtype="float64", micro_batch=None, die_after=None):
             raise Killed
         return take_step(*args)
 
-    how = {"save": lambda folder: torch.save(model.state_dict(), folder / "weights.pt"), "micro_batch": micro_batch,
-           "checkpoint_seconds": 1e9 if die_after is None else 0.0}
+    seconds = 1e9 if die_after is None else 0.0
+    how = {"save": save, "micro_batch": micro_batch, "checkpoint_seconds": seconds}
     torch.optim.AdamW, train.take_step = makes, take_step if die_after is None else dies
     try:
         if kind == "critic":
@@ -65,7 +73,7 @@ def learn(kind, out, dtype="float64", micro_batch=None, die_after=None):
     finally:
         torch.optim.AdamW, train.take_step = adam, take_step
     moments = [value for state in optimizers[0].state.values() for value in state.values() if value.dim()]
-    return sum(value.nbytes for value in moments)
+    return sum((value.to_local() if shard and ranks.count() > 1 else value).nbytes for value in moments)
 
 
 def all_trainings(folder, name):
@@ -75,6 +83,13 @@ def all_trainings(folder, name):
     learn("rft", folder / f"{name}-micro", micro_batch=1)
     found["bfloat16"] = learn("rft", folder / f"{name}-bfloat16", dtype="bfloat16")
     learn("actor", folder / f"{name}-dies", die_after=4)
+    return found
+
+
+def sharded_trainings(folder, name):
+    """The same of models that are loaded: with a head of its own and a tied one."""
+    found = {kind: learn(kind, folder / f"{name}-{kind}", shard=folder / kind) for kind in ("critic", "actor")}
+    learn("actor", folder / f"{name}-dies", shard=folder / "actor", die_after=4)
     return found
 
 
@@ -101,8 +116,11 @@ def ends(what, folder):
 def main(what, folder):
     if what != "train":
         return ends(what, folder)
+    ranks.join()
     found = all_trainings(folder, "two")
     learn("actor", folder / "one-dies")  # it goes on where one process was stopped
+    found["sharded"] = sharded_trainings(folder / "sharded", "two")
+    learn("actor", folder / "sharded/one-dies", shard=folder / "sharded/actor")
     found["squares"] = ranks.share_out(lambda x: x * x, range(5))
     found["first"] = ranks.by_first(ranks.rank)()
     (folder / f"{ranks.rank()}.json").write_text(json.dumps(found))

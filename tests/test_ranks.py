@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import ranks_worker
 import torch
+from conftest import save_model
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--base-documents", "300", "--base-epochs", "1", "--rollout-tasks", "24", "--rollout-per-task", "8",
+TINY = ["--base-documents", "1500", "--base-epochs", "2", "--rollout-tasks", "24", "--rollout-per-task", "8",
         "--critic-epochs", "1", "--candidates-states", "40", "--candidates-n", "4", "--actor-epochs", "1",
         "--rft-epochs", "1", "--multiturn-epochs", "1", "--eval-tasks", "6", "--rows", "40"]
 
@@ -42,6 +44,9 @@ def trained(tmp_path_factory):
     """The folder of trainings by one process and by two, and what the processes said."""
     folder = tmp_path_factory.mktemp("ranks")
     one = ranks_worker.all_trainings(folder, "one")
+    save_model(folder / "sharded/critic", tie=True)
+    save_model(folder / "sharded/actor", seed=1, tie=False)
+    one["sharded"] = ranks_worker.sharded_trainings(folder / "sharded", "one")
     shutil.copytree(folder / "one-dies.partial", folder / "kept-one-dies.partial")
     status, _, _ = ended(torchrun("tests/ranks_worker.py", "train", folder))
     assert status == 0
@@ -50,7 +55,10 @@ def trained(tmp_path_factory):
 
 def difference(one, two):
     """The largest difference of two trainings' weights."""
-    ours, theirs = (torch.load(folder / "weights.pt") for folder in (one, two))
+    if (one / "weights.pt").exists():
+        ours, theirs = (torch.load(folder / "weights.pt") for folder in (one, two))
+    else:
+        ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, two))
     assert ours.keys() == theirs.keys()
     return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in ours)
 
@@ -74,11 +82,14 @@ def test_steps_too_small_for_bfloat16_add_up_in_two_processes(trained):
 
 
 def test_each_process_holds_half_of_the_optimizers_state(trained):
+    """A tied embedding is most of a tiny model, and has one owner; in parts it has two."""
     _, one, two = trained
-    for kind in (*ranks_worker.KINDS, "bfloat16"):
-        halves = [found[kind] for found in two]
-        assert sum(halves) == one[kind] > 0
-        assert max(halves) < 0.6 * one[kind]
+    kinds = [(one, two), (one["sharded"], [found["sharded"] for found in two])]
+    for whole, halves in kinds:
+        for kind in whole.keys() - {"sharded"}:
+            assert sum(half[kind] for half in halves) == whole[kind] > 0
+            if kind != "critic" or halves[0] is not two[0]:
+                assert max(half[kind] for half in halves) < 0.51 * whole[kind]
 
 
 def test_the_checkpoint_of_two_processes_is_that_of_one(trained):
@@ -103,6 +114,20 @@ def test_a_run_goes_on_with_another_number_of_processes(trained):
         assert difference(folder / "one-actor", folder / resumed) < 1e-8
         log = json.loads((folder / resumed / "log.json").read_text())
         assert log[4] == pytest.approx(json.loads((folder / "one-actor/log.json").read_text())[4], rel=1e-5, abs=1e-6)
+
+
+def test_sharded_weights_give_the_losses_of_one_process(trained):
+    """FSDP2 over gloo, in float32, also after a stop with another number of processes; saved whole."""
+    folder = trained[0] / "sharded"
+    shutil.copytree(folder / "two-dies.partial", folder / "resumed.partial")
+    ranks_worker.learn("actor", folder / "resumed", shard=folder / "actor")
+    for one, two in (("one-critic", "two-critic"), ("one-actor", "two-actor"), ("one-actor", "one-dies"),
+                     ("one-actor", "resumed")):
+        logs = [json.loads((folder / out / "log.json").read_text()) for out in (one, two)]
+        for want, found in zip(*logs, strict=True):
+            assert found["loss"] == pytest.approx(want["loss"], abs=1e-5), two
+        assert difference(folder / one, folder / two) < 1e-4
+        assert "fsdp" not in (folder / two / "config.json").read_text().lower()
 
 
 def test_work_is_dealt_out_and_comes_back_in_order(trained):
