@@ -146,6 +146,8 @@ def training(run, stage):
     settings = peek(folder / f"settings/{stage}.json")
     rows = []
     for name, value in settings.items():
+        if value in (None, ""):  # not given
+            continue
         local = isinstance(value, str) and os.path.isabs(value)
         rows.append([name, Path(value).name if local else str(value)])
     text = ["## Training"]

@@ -35,12 +35,22 @@ def whole(tmp_path_factory):
     program.main(["actor", "--run", str(folder)])
     before = {name: (folder / name / "README.md").read_text() for name in ("base", "critic", "actor")}
     program.main(["--run", str(folder)])
+    evaluated(folder)
     run = program.open_run(["--run", str(folder)])
     best_of_n.play(run, numbers=(1, 2))
     dialogue = play.Dialogue(run, run.model, run.held_out(), "actor", 1)
     while dialogue.record is None:
         dialogue.reply("I do not mind.")
     return SimpleNamespace(folder=folder, run=run, before=before)
+
+
+def evaluated(folder):
+    """Write rewards by hand into eval.jsonl, too; the next report puts them into the cards."""
+    rows = list(read_lines(folder / "eval.jsonl"))
+    for i, row in enumerate(rows):
+        row["reward"] = float(i * 7 % 5 < 2)
+    write_lines(folder / "eval.jsonl", rows)
+    program.main(["--run", str(folder)])
 
 
 # ------------------------------------------------------------------ datasets
@@ -79,7 +89,8 @@ def test_every_model_has_a_card_that_the_hub_reads(whole):
         settings = json.loads((whole.folder / f"settings/{name}.json").read_text())
         rows = [row.strip("| ").split("|") for row in card.text.splitlines() if row.startswith("| ")]
         said = {row[0].strip(): row[1].strip() for row in rows if len(row) == 2}
-        assert all(said[setting] == str(value) for setting, value in settings.items()) and len(settings) > 10
+        given = {setting: str(value) for setting, value in settings.items() if value not in (None, "")}
+        assert given.items() <= said.items() and len(given) > 5
         log = json.loads((whole.folder / name / "log.json").read_text())
         assert f"{len(log)} steps" in card.text and f"{log[-1]['loss']:.3f} at the last" in card.text
 
@@ -94,6 +105,7 @@ def test_figures_come_with_the_evaluation(whole):
             won = [r["reward"] == 1 for r in records if r["method"] == method and r["top_p"] == top_p]
             assert len(won) == 3 and scores.pop(f"success %, {way}") == round(100 * sum(won) / 3, 1)
         assert scores == {}
+    assert len({record["reward"] for record in records}) == 2
     for name, text in whole.before.items():
         assert "## Figures" not in text and "model-index" not in text
         assert "## Figures" in (whole.folder / name / "README.md").read_text()
@@ -134,4 +146,4 @@ def test_the_tracker_has_what_the_bars_showed(whole):
     assert [event.step for event in events.Scalars("rollout/reward")] == [8]
     assert len(events.Scalars("eval/reward")) == 24 // 3
     text, = (event.tensor_proto.string_val[0].decode() for event in events.Tensors("results/text_summary"))
-    assert text == cards.results(cards.measured(whole.run))[2] and "| SWEET " in text
+    assert all(f"| {method} " in text for method in program.METHODS.values()) and "3 held-out tasks" in text

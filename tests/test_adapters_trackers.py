@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from handed_on import FIGURES, TABLE, handed_on, run_of
 
 import sweet as program
 from adapters import trackers
@@ -20,31 +21,6 @@ from adapters.trackers import Tracker
 from machinery.train import fit
 
 ROOT = Path(__file__).resolve().parent.parent
-FIGURES = {("critic", 1): {"loss": 0.75, "accuracy": 0.5}, ("critic", 2): {"loss": 0.5, "accuracy": 1.0},
-           ("actor", 1): {"loss": 0.25}}
-CONFIG = {"critic.lr": 0.125, "task": "backend", "model": None}
-TABLE = ["method", "success %"], [["SWEET", "62.0"]], "| method | success % |\n| --- | --- |\n| SWEET | 62.0 |"
-
-
-def run_of(folder, kind, redo=()):
-    folder.mkdir(parents=True, exist_ok=True)
-    return SimpleNamespace(machine=SimpleNamespace(track=kind), variant=folder, redo=redo,
-                           record=SimpleNamespace(values=CONFIG))
-
-
-def handed_on(folder, kind):
-    """Two processes of one run: the second begins where the first was stopped."""
-    parts = list(FIGURES.items())
-    for part in (parts[:1], parts[1:]):
-        tracker = Tracker(run_of(folder, kind))
-        for (stage, step), figures in part:
-            tracker(stage, step, figures)
-        if part == parts[1:]:
-            tracker.table(*TABLE)
-        tracker.close()
-    return json.loads((folder / "tracker.json").read_text())["name"]
-
-
 def expected():
     """{(name, step): value}"""
     return {(f"{stage}/{name}", step): value for (stage, step), figures in FIGURES.items()
@@ -70,17 +46,13 @@ def test_tensorboard_reads_it_back(tmp_path, capsys):
 def test_trackio_reads_it_back(tmp_path):
     """In a process of its own, as it takes its folder from the environment when it is imported."""
     pytest.importorskip("trackio")
-    code = ("import json, sys; from pathlib import Path; sys.path[:0] = ['tests', '.']\n"
-            "import test_adapters_trackers as tests\n"
-            "name = tests.handed_on(Path(sys.argv[1]) / 'run', 'trackio')\n"
-            "from trackio.sqlite_storage import SQLiteStorage\n"
-            "run, = SQLiteStorage.get_runs('sweet')\n"
-            "print(json.dumps([name, run, SQLiteStorage.get_logs('sweet', run),\n"
-            "                  SQLiteStorage.get_run_config('sweet', run)]))")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
-                          env={**quiet(), "TRACKIO_DIR": str(tmp_path / "trackio")})
+    environment = {**quiet(), "TRACKIO_DIR": str(tmp_path / "trackio")}
+    name = in_a_process(tmp_path / "run", "trackio", environment)
+    code = ("import json; from trackio.sqlite_storage import SQLiteStorage as stored; run, = stored.get_runs('sweet')\n"
+            "print(json.dumps([run, stored.get_logs('sweet', run), stored.get_run_config('sweet', run)]))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    name, run, logs, config = json.loads(done.stdout)  # nothing else is on stdout
+    run, logs, config = json.loads(done.stdout)
     rows = [((key, row["step"]), value) for row in logs for key, value in row.items() if key.count("/") == 1]
     assert name == run and dict(rows) == expected() and len(rows) == len(expected())
     assert [row["results"] for row in logs if "results" in row][0]["_value"] == TABLE[2]
@@ -90,6 +62,15 @@ def test_trackio_reads_it_back(tmp_path):
 def quiet():
     """The environment without what says to a tracker where to send."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "TRACKIO"))}
+
+
+def in_a_process(folder, tracker, environment):
+    """handed_on.py in a process of its own; its stdout is the name alone."""
+    done = subprocess.run([sys.executable, "tests/handed_on.py", str(folder), tracker], cwd=ROOT, capture_output=True,
+                          text=True, env={**environment, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    name, = done.stdout.split()
+    return name
 
 
 def wandb_records(file):
@@ -126,18 +107,13 @@ def test_wandb_offline_reads_it_back_and_calls_nobody(tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
-        code = ("import sys; from pathlib import Path; sys.path[:0] = ['tests', '.']\n"
-                "import test_adapters_trackers as tests\n"
-                "print(tests.handed_on(Path(sys.argv[1]) / 'run', 'wandb'))")
         environment = {**quiet(), "WANDB_BASE_URL": url, "WANDB_API_KEY": "k" * 40, "HTTP_PROXY": url,
                        "HTTPS_PROXY": url, "WANDB_CACHE_DIR": str(tmp_path), "WANDB_CONFIG_DIR": str(tmp_path)}
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
-                              env=environment)
+        name = in_a_process(tmp_path / "run", "wandb", environment)
         server.shutdown()
-    assert done.returncode == 0, done.stderr[-2000:]
     assert calls == []
     files = sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))
-    assert len(files) == 2 and {file.stem for file in files} == {f"run-{done.stdout.strip()}"}
+    assert len(files) == 2 and {file.stem for file in files} == {f"run-{name}"}
     rows, config, table = [], {}, []
     for record in (record for file in files for record in wandb_records(file)):
         row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
