@@ -12,7 +12,7 @@ All N processes (ranks) run the same program, line by line, on the same files. F
 4. When one rank fails, it says why, once (`speaks`), and all end.
 
 A model that does not fit on one GPU is trained with `--shard`: each rank holds a part of every tensor, and a layer is
-put together while it computes (FSDP2, torch's `fully_shard`, as transformers applies it). Then nobody owns a whole one.
+put together while it computes (FSDP2, torch's `fully_shard`). Then nobody owns a whole one.
 
 Without torchrun, or with one process, there is one rank, and nothing here communicates. On GPUs each rank has one of
 its own, and tensors travel by NCCL; everything else, and all on the CPU, by gloo.
@@ -111,6 +111,28 @@ def is_sharded(what):
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
     return isinstance(what, FSDPModule | DTensor)
+
+
+def shard(model, device):
+    """Share out the tensors of a model, layer by layer. (transformers 5.23 can do it while it loads, but ties embedding
+    and head after that: the head stays what it was at first.)"""
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    join()
+    mesh = torch.distributed.init_device_mesh(torch.device(device).type, (count(),))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for module in list(model.modules()):
+        for layer in module if isinstance(module, torch.nn.ModuleList) else ():
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def whole_state(model):
+    """The weights of a sharded model, on rank 0; None where it is not."""
+    if not is_sharded(model):
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def reshard(model):

@@ -128,10 +128,6 @@ def load_model(path, cfg=None, train=False, seed=0):
     if cfg.dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype {cfg.dtype}: expected float32 or bfloat16")
     extra = {"attn_implementation": cfg.attention} if cfg.attention else {}
-    if train and cfg.shard:
-        from transformers.distributed import DistributedConfig
-        extra["distributed_config"] = DistributedConfig(
-            fsdp_size=ranks.count(), fsdp_mixed_precision=cfg.dtype == "bfloat16")
     adapted = (Path(path) / "adapter_config.json").exists()
     if adapted:
         check_adapters(path)
@@ -157,6 +153,8 @@ def load_model(path, cfg=None, train=False, seed=0):
         add_adapters(model, cfg.lora, seed)
     if train and cfg.checkpointing:
         enable_checkpointing(model)
+    if train and cfg.shard:
+        ranks.shard(model, cfg.device)
     return model.to(cfg.device).eval(), tokenizer
 
 
@@ -534,6 +532,6 @@ def save_to(model, tokenizer):
         ends, eot = model.generation_config.eos_token_id, end_of_turn(tokenizer)
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         model.generation_config.eos_token_id = ends if eot in ends else [*ends, eot]
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=ranks.whole_state(model))
         tokenizer.save_pretrained(folder)
     return save

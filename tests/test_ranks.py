@@ -59,7 +59,7 @@ def difference(one, two):
         ours, theirs = (torch.load(folder / "weights.pt") for folder in (one, two))
     else:
         ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, two))
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() <= theirs.keys()  # of a tied head transformers writes a second copy where it was sharded
     return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in ours)
 
 
