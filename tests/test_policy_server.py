@@ -43,7 +43,7 @@ def material(tmp_path_factory):
         model, tokenizer = load_model(path)
         with torch.no_grad():
             for token in ("<|im_end|>", "<|im_start|>"):
-                model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(token)] *= 2
+                model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(token)] *= 5
         model.save_pretrained(path)
     shutil.copytree(folder / "base", folder / "changed")
     with open(folder / "tasks.jsonl", "w", encoding="utf-8") as file:
