@@ -59,7 +59,8 @@ def material(tmp_path_factory):
 def url(material):
     """A server that has base under its path and run/rft under a relative one, and run/rft's weights as changed."""
     port, rft = free_port(), material / "run/rft"
-    pairs = [f"{material / 'base'}={material / 'base'}", f"{os.path.relpath(rft)}={rft}", f"{material / 'changed'}={rft}"]
+    names = {material / "base": material / "base", os.path.relpath(rft): rft, material / "changed": rft}
+    pairs = [f"{name}={folder}" for name, folder in names.items()]
     process = subprocess.Popen([sys.executable, str(ROOT / "tests/id_server.py"), str(port), *pairs],
                                env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
