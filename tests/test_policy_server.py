@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import Proxy, free_port, save_model, three_in_ten
 
+import actor
 import machinery.policy_server as policy_server
 import machinery.server
 import sweet as program
@@ -37,17 +38,20 @@ ROOT = Path(__file__).resolve().parent.parent
 def material(tmp_path_factory):
     """A folder: two models that end some turns and write control tokens in others, one that is served with the other's
     weights, and tasks."""
-    folder = tmp_path_factory.mktemp("policy")
+    folder, tasks = tmp_path_factory.mktemp("policy"), world.make_tasks(4, seed=4)
     for name, seed in (("base", 3), ("run/rft", 5)):
         path = save_model(folder / name, seed=seed)
         model, tokenizer = load_model(path)
+        prompt, _ = render(tokenizer, actor.begin(tasks[0], actor.Rollout()).messages)
         with torch.no_grad():
-            for token in ("<|im_end|>", "<|im_start|>"):
-                model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(token)] *= 5
+            hidden = model.base_model(torch.tensor([prompt])).last_hidden_state[0, -1]
+            for token in ("<|im_end|>", "<|im_start|>"):  # their logits: about 4
+                row = tokenizer.convert_tokens_to_ids(token)
+                model.get_output_embeddings().weight[row] = 4 * hidden / hidden.dot(hidden)
         model.save_pretrained(path)
     shutil.copytree(folder / "base", folder / "changed")
     with open(folder / "tasks.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(task.to_record()) + "\n" for task in world.make_tasks(4, seed=4))
+        file.writelines(json.dumps(task.to_record()) + "\n" for task in tasks)
     return folder
 
 
@@ -55,8 +59,8 @@ def material(tmp_path_factory):
 def url(material):
     """A server that has base under its path and run/rft under a relative one, and run/rft's weights as changed."""
     port, rft = free_port(), material / "run/rft"
-    pairs = [f"{material / 'base'}={material / 'base'}", f"{os.path.relpath(rft)}={rft}",
-             f"{material / 'changed'}={rft}"]
+    names = {material / "base": material / "base", os.path.relpath(rft): rft, material / "changed": rft}
+    pairs = [f"{name}={folder}" for name, folder in names.items()]
     process = subprocess.Popen([sys.executable, str(ROOT / "tests/id_server.py"), str(port), *pairs],
                                env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
