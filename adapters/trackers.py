@@ -39,7 +39,7 @@ class Trackio:
         self.run.log({"results": self.trackio.Markdown(text)})
 
     def close(self):
-        self.run.finish()
+        self.trackio.finish()  # of the run alone, it would be finished again at the end of the process
 
 
 class Wandb:
