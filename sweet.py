@@ -5,7 +5,7 @@
     python sweet.py play                you are the human
     python sweet.py table               the README's table: several seeds of everything
     python sweet.py study NAME          critics, best-of-n, data or rounds, over several seeds
-    python sweet.py export NAME         merged (LoRA adapters as plain weights) or trl (tasks for its trainers)
+    python sweet.py export NAME         merged (LoRA as plain weights) or trl (tasks for TRL)
 
 Stages hand each other files under runs/NAME/, never hidden state. One that is done is
 skipped, one that was killed goes on where it was. A run remembers its flags; where new
