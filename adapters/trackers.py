@@ -47,8 +47,10 @@ class Wandb:
     STAGE/step."""
 
     def __init__(self, name, folder, config):
-        self.wandb = require("wandb", "--track wandb")
         mode = os.environ.get("WANDB_MODE", "offline")
+        if mode == "offline":  # which does not keep its own reports, of errors and use, from being sent
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        self.wandb = require("wandb", "--track wandb")
         self.run = self.wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=name,
