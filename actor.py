@@ -28,11 +28,10 @@ from machinery.bars import progress
 from machinery.files import InputError
 from machinery.schema import fold, outside_state, read_records, unfold
 from machinery.optional import load
-from machinery.sampling import sample
+from machinery.sampling import Memory, sample
 from machinery.several import ask
 from machinery.train import arg, check_context, context_of, fit
 from kernels.logprob import add_reference, agent_tokens, lay_out, pair_logprobs, pair_sizes, turn_logprobs
-from kernels.prefix import branches
 
 
 @dataclass(frozen=True)
@@ -144,14 +143,14 @@ def begin(task, cfg, instructions=INSTRUCTIONS):
 
 def play_out(model, tokenizer, envs, human, keys, *, max_tokens, **decoding):
     """Play dialogues to their end, all in lock-step. envs: DialogueEnv in any state; keys: a seed for each; decoding:
-    temperature, top_p and count of `sample`. Where the human leaves (replies None), the dialogue stays without an
+    temperature, top_p, count, server of `sample`. Where the human leaves (replies None), the dialogue stays without an
     answer; where a further turn of max_tokens does not fit into the model's context, the last one is graded.
 
     Every agent turn keeps its `output_ids`, so that log-probs are of the tokens that were sampled, and, as in
     ColBench's format, `input` and `output` (the text that the model read and wrote).
     """
     active = [i for i, env in enumerate(envs) if env.answer is None]
-    memory, read = None, {}  # what the model has read is remembered: a turn reads only what is new
+    memory, read = Memory(), {}  # what the model has read is remembered: a turn reads only what is new
     limit = context_of(model) - max_tokens
     for _ in progress(range(max((env.max_turns for env in envs), default=0)), "turns"):
         if not active:
@@ -165,9 +164,6 @@ def play_out(model, tokenizer, envs, human, keys, *, max_tokens, **decoding):
         active = list(prompts)
         if not active:
             break
-        if memory is None:
-            memory = branches(model, list(prompts.values()), several_turns=True)
-            place = {i: row for row, i in enumerate(active)}
         for i, prompt in prompts.items():
             before = read.get(i, ())
             if prompt[:len(before)] != before:
@@ -175,7 +171,7 @@ def play_out(model, tokenizer, envs, human, keys, *, max_tokens, **decoding):
         turns = sample(
             model, tokenizer, list(prompts.values()),
             [(keys[i], envs[i].turns) for i in active],
-            memory=memory, places=[place[i] for i in active], max_tokens=max_tokens, **decoding)
+            memory=memory, places=active, max_tokens=max_tokens, **decoding)
         texts = [turn_text(tokenizer, output_ids) for output_ids in turns]
         in_code = answers_in_code([envs[i] for i in active], texts)
         for i, text, output_ids, answers in zip(active, texts, turns, in_code):
@@ -272,15 +268,15 @@ def bare(messages):
     return kept
 
 
-def sample_candidates(model, tokenizer, states, keys, n, max_tokens, count=None):
+def sample_candidates(model, tokenizer, states, keys, n, max_tokens, **decoding):
     """Add to each state {"task", "messages"} its "candidates", [{"content", "output_ids", "count"}]: the different
-    ones among n sampled turns. count: as `sample` has it."""
+    ones among n sampled turns. decoding: as `play_out` has it."""
     prompts, row_keys = [], []
     for state, key in zip(states, keys):
         prompt, _ = render(tokenizer, state["messages"])
         prompts += [prompt] * n
         row_keys += [(*key, k) for k in range(n)]
-    turns = sample(model, tokenizer, prompts, row_keys, max_tokens=max_tokens, count=count)
+    turns = sample(model, tokenizer, prompts, row_keys, max_tokens=max_tokens, **decoding)
     for i, state in enumerate(states):
         state["candidates"] = distinct(tokenizer, turns[i * n:(i + 1) * n])
 

@@ -5,7 +5,7 @@
     python sweet.py play                you are the human
     python sweet.py table               the README's table: several seeds of everything
     python sweet.py study NAME          critics, best-of-n, data or rounds, over several seeds
-    python sweet.py export trl          the training tasks for TRL's trainers
+    python sweet.py export NAME         merged (LoRA as plain weights) or trl (tasks for TRL)
 
 Stages hand each other files under runs/NAME/, never hidden state. One that is done is
 skipped, one that was killed goes on where it was. A run remembers its flags; where new
@@ -48,22 +48,24 @@ import actor
 import critic
 import play
 import report
-from adapters import EXPORTS, export
+from adapters import EXPORTS, export, finished
+from adapters.trackers import Tracker
 from env import ANSWER_MARKER
 from env import end_of_turn, load_tasks, read_trajectories, render
 from machinery import schema
 from machinery.bars import note, whole_bars
-from machinery.files import InputError, JsonlWriter, forgive, put_text, read_lines, read_prompt, write_groups
+from machinery.files import InputError, forgive, put_text, read_lines, read_prompt, write_groups, write_lines
 from machinery.flags import Flags, read_settings
 from machinery.folder import closing, critic_folder, flags_given, further_critics, keep, measured, place, recall
 from machinery.folder import remembering, show_status, to_redo
+from machinery.policy_server import policy_server, tell_how_to_serve
 from machinery.provenance import remember
 from machinery.reasons import why_no_pair, why_no_success, why_no_turn_pair
 from machinery.seeds import run_chains
 from machinery.server import Server
 from machinery.several import humans_of
 from machinery.settings import HELD_OUT, HUMAN, LOADED, PLAYED, TRAINED
-from machinery.settings import Record, check_tasks_given, flat, stages_of_run
+from machinery.settings import Record, flat, stages_of_run
 from machinery.start import check_start, machine_here, stages_to_do
 from machinery.speed import Speed
 from machinery.train import Given, Machine, arg, check_finite, check_views, load_model, save_to
@@ -167,6 +169,7 @@ class Run:
             defaults["base.documents"] = 0  # of a run whose --model was taken as it is
         self.redo = to_redo(self)
         self.record = Record(self.stages, values, defaults, self.outputs, self.redo)
+        self.track = Tracker(self)
 
     @property
     def initial(self):
@@ -179,9 +182,14 @@ class Run:
         file = self.given.instructions
         return read_instructions(file) if file else self.world.INSTRUCTIONS
 
+    @functools.cached_property
+    def sampling(self):
+        """Who is told how many tokens are sampled, and the server that samples them, if there is one."""
+        return {"count": self.speed.wrote, "server": policy_server(self.machine)}
+
     @property
     def rules(self):
-        return {"grade": self.grade, "instructions": self.instructions, "count": self.speed.wrote}
+        return {"grade": self.grade, "instructions": self.instructions, **self.sampling}
 
     def path(self, name):
         """A file of the run. What depends on the critic lies in a folder of its own where --critic names another."""
@@ -241,8 +249,8 @@ class Run:
         return found[:getattr(self.options, "eval.tasks")]
 
     def learning(self, model, tokenizer):
-        """What a stage hands on to machinery.train.fit: how to save, and what fits into memory."""
-        return {"save": save_to(model, tokenizer), "micro_batch": self.machine.micro_batch}
+        """What a stage hands on to machinery.train.fit: how to save, what fits into memory, who else sees the steps."""
+        return {"save": save_to(model, tokenizer), "micro_batch": self.machine.micro_batch, "track": self.track}
 
     def better_and_worse(self, per_task, model, tokenizer, view):
         """Pairs of offline dialogues. view(trajectory): what `model` will read of it."""
@@ -300,7 +308,7 @@ def stage_rollout(run):
     dialogues = list(itertools.product(range(len(tasks)), range(cfg.per_task)))
     if cfg.dialogues:
         dialogues = dialogues[:cfg.dialogues]
-    write_groups(run.path("trajectories.jsonl"), dialogues, run.machine.rows, group, "rollout")
+    write_groups(run.path("trajectories.jsonl"), dialogues, run.machine.rows, group, "rollout", run.track)
     tell_leaks(human)
     faults.tell("rollout", read_lines(run.path("trajectories.jsonl")))
 
@@ -340,7 +348,7 @@ def stage_samples(run):
         keys = [(run.seed, "samples", number) for number in numbers]
         if not run.given.candidates:
             max_tokens = run.settings["rollout"].max_tokens
-            actor.sample_candidates(model, tokenizer, part, keys, cfg.n, max_tokens, run.speed.wrote)
+            actor.sample_candidates(model, tokenizer, part, keys, cfg.n, max_tokens, **run.sampling)
         critic.score_reference(model, tokenizer, part)
         return part
     size = max(1, run.machine.rows // 8)
@@ -379,9 +387,7 @@ def stage_pairs(run):
         states = list(run.records("candidates.jsonl", schema.state("advantage")))
         nothing(run, "candidates.jsonl", "pair of turns",
                 why_no_turn_pair(states, run.settings["candidates"].n, run.given.candidates))
-    writer = JsonlWriter(run.path("pairs.jsonl"), 10 ** 9)
-    writer.write(found)
-    writer.close()
+    write_lines(run.path("pairs.jsonl"), found)
 
 
 def stage_actor(run):
@@ -458,7 +464,9 @@ def stage_eval(run):
         for (method, top_p), same in itertools.groupby(part, lambda item: item[:2]):
             records += play(method, top_p, [i for _, _, i in same])
         return records
-    write_groups(run.path("eval.jsonl"), todo, min(run.machine.rows, len(tasks)), group, "eval")
+    write_groups(
+        run.path("eval.jsonl"), todo, min(run.machine.rows, len(tasks)), group,
+        "eval", run.track)
     tell_leaks(human)
     faults.tell("eval", read_lines(run.path("eval.jsonl")))
 
@@ -527,6 +535,8 @@ def run_stage(run, name):
     seconds = time.monotonic() - start
     if name != "report":
         remember(output.parent, name, seconds, run.speed.end(seconds))
+        tell_how_to_serve(output, run.machine)
+    finished(run, name)
 
 
 # ------------------------------------------------------------------ tables and studies
@@ -672,8 +682,6 @@ def begin(run, stage):
     todo = stages_to_do(run, run.stages, stage)
     if todo:
         check_files(run)
-    trains = stage != "eval" or "rollout" in run.record.needs(stage)
-    check_tasks_given(run.given, run.settings["eval"].first, stage, trains)
     check_start(run, stage, todo)
     run.todo = {name: measured(run, name) for name in STAGES if name in todo}
     if stage == "table":

@@ -15,7 +15,9 @@ Shapes: N agent tokens, D hidden, V vocabulary, B pairs.
 """
 import copy
 import ctypes
+import http.server
 import importlib.util
+import json
 import multiprocessing
 import os
 import platform
@@ -23,6 +25,7 @@ import random
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -34,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import actor
 from env import DialogueEnv, render
-from kernels.logprob import add_reference, collate, lay_out, token_logprobs, turn_logprobs
+from kernels.logprob import add_reference, collate, lay_out, reference_sums, token_logprobs, turn_logprobs
 from kernels.prefix import Rows
 from machinery import sampling
 
@@ -282,6 +285,52 @@ def bench_rollouts():
     contest("rollouts, 6 turns", ours, {"history read in every turn": every_turn}, "1.6x")
 
 
+def bench_server():
+    """16 turns of 24 tokens after a prompt of 256 by --policy-server, from a server that answers at once: what asking,
+    reading and the look at its log-probs cost here, which a server has to win back. Eight such requests at a time."""
+    from machinery.policy_server import PolicyServer
+    from machinery.train import Machine
+    from worlds.backend import make_tokenizer
+    model, tokenizer, rng = llama(), make_tokenizer(), random.Random(0)
+    tokenizer.name_or_path = "m"
+    known = sorted(tokenizer.get_vocab().values())[20:]
+    prompts = [ids(rng, 256, len(known)) for _ in range(8)]
+    turn = rng.choices(known, k=24)
+    answers = {}
+    for prompt in prompts:
+        numbered = [([*prompt, *turn], [0] * 256 + list(range(1, 25)))]
+        choice = {"token_ids": turn, "logprobs": {"token_logprobs": reference_sums(model, numbered)[0]}}
+        answers[tuple(prompt)] = json.dumps({"choices": [choice] * 16}).encode()
+    models = json.dumps({"data": [{"id": "m"}]}).encode()
+
+    class Canned(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            body = self.rfile.read(int(self.headers.get("content-length") or 0))
+            answer = answers[tuple(json.loads(body)["prompt"])] if body else models
+            self.send_response(200)
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Canned)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    server = PolicyServer(Machine(policy_server=f"http://127.0.0.1:{httpd.server_address[1]}/v1"))
+    rows = [prompt for prompt in prompts for _ in range(16)]
+    keys = [(i, k) for i in range(8) for k in range(16)]
+
+    def sampled(**how):
+        with endless():
+            return torch.tensor(float(len(actor.sample(model, tokenizer, rows, keys, max_tokens=24, **how))))
+    contest("8 x 16 turns, prefix 256, by a server that answers at once", lambda: sampled(server=server),
+            {"sampling here": sampled})
+    httpd.shutdown()
+
+
 def bench_growth():
     """Where cost should be flat, and where it should not. arithmetic: full / ours in operations of the layers' and the
     head's matrix products, which is what there is to gain; attention is not counted (it weighs on long prefixes)."""
@@ -325,7 +374,8 @@ def main(names):
     print(f"{processor}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start (we add one); "
           f"torch {torch.__version__}")
     header("work", "peer", "time, peer / ours (range)", "peak memory, peer / ours", "ours", "difference", "aim")
-    for work in (bench_logprobs, bench_dpo, bench_scoring, bench_sampling, bench_rollouts, bench_growth):
+    for work in (bench_logprobs, bench_dpo, bench_scoring, bench_sampling, bench_rollouts, bench_server,
+                 bench_growth):
         if not names or work.__name__.removeprefix("bench_") in names:
             process = multiprocessing.get_context("spawn").Process(target=on_one_thread, args=(work,))
             process.start()

@@ -70,6 +70,18 @@ def training(s, lora, checkpointing):
     return held(s, lora) + activations(s, lora, checkpointing) + CUDA
 
 
+def on_each_of(s, n, shard=False):
+    """Bytes on each of n GPUs under torchrun, all weights learn, --checkpointing. Everybody holds the weights and, in
+    the backward pass, their gradients (2 + 2 a parameter); the float32 copy, the summed gradient and Adam's averages
+    have one owner (16 / n). shard: weights and gradients are split, too, (20 / n), but for two layers at a time, which
+    are gathered while they compute, and for embedding and head."""
+    own = 16 * s.P / n
+    layer = (s.P - s.V * s.D * (1 if s.tied else 2)) / s.L
+    gathered = 2 * layer + s.V * s.D * (1 if s.tied else 2)
+    whole = (2 + 2) * gathered + (2 + 2) * s.P / n if shard else (2 + 2) * s.P
+    return whole + own + 4 * s.V * s.D + activations(s, False, True) + CUDA
+
+
 def cache(s, rows):
     """Bytes of keys and values of `rows` dialogues of TOKENS tokens in bfloat16."""
     return rows * TOKENS * s.L * 2 * s.K * 2
@@ -137,6 +149,12 @@ def tables():
     time = [[s.name, *("does not fit" if plan(s, g)[0] == "does not fit" else " + ".join(
         f"{h:.1f}" for h in hours(s, g, work)) for g in GPUS)] for s in SHAPES]
     gpus = [f"{g} GB ({name})" for g, (name, _, _) in GPUS.items()]
+    big = SHAPES[-1]
+    several = [[f"`--lora {RANK}`, one GPU", training(big, True, True)]]
+    several.append(["all weights, one GPU", training(big, False, True)])
+    for n in (2, 4, 8):
+        several.append([f"all weights, `torchrun --nproc-per-node {n}`", on_each_of(big, n)])
+        several.append(["the same, `--shard`", on_each_of(big, n, shard=True)])
     return "\n\n".join([
         "**GB while training**, two sequences of 4,096 tokens in a backward pass (`--dtype bfloat16 --micro-batch 1`)",
         table(["model", "parameters (billions)", "weights", "all weights", "+ `--checkpointing`", f"`--lora {RANK}`",
@@ -144,6 +162,8 @@ def tables():
         "**The least saving way that fits**", table(["model", *gpus], fits),
         "**While sampling**: GB of cache for one dialogue of 4,096 tokens, and the largest `--rows` that fits",
         table(["model", "cache", *gpus], rows),
+        f"**GB on each GPU while {big.name} is trained**, with `--checkpointing`",
+        table(["way", "GB"], [[way, f"{need / GB:.0f}"] for way, need in several]),
         "**Hours of `--preset one-gpu`**: sampling + scoring + training, with the way above",
         table(["model", *gpus], time)])
 

@@ -23,6 +23,7 @@ import itertools
 import torch
 from tqdm import tqdm
 
+from kernels import ranks
 from kernels.prefix import Tree, can_share, head_is_plain, pad_rows, say_once, share
 
 SHORT = 16  # tokens: up to this length a prefix is computed in the same pass as its branches
@@ -214,6 +215,20 @@ def add_up(numbers_N, cell_N, shape):
     return sums.view(shape), lengths.view(shape)
 
 
+def last_hidden(model, inputs):
+    """What the body of a model writes. Where its weights are sharded, hooks of the whole model put embedding and head
+    together: it is run to its end, for the logits of one token, and the head's weight then is whole."""
+    if not ranks.is_sharded(model):
+        return model.base_model(**inputs).last_hidden_state
+    seen = []
+    hook = model.base_model.register_forward_hook(lambda module, _, output: seen.append(output.last_hidden_state))
+    try:
+        model(**inputs, logits_to_keep=1)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
 def turn_logprobs(model, batch):
     """Summed log-prob of every agent turn, and its number of tokens: everything that Eq. 2-4 need from a model.
 
@@ -223,7 +238,7 @@ def turn_logprobs(model, batch):
     inputs, (row_N, position_N), cell_N, shape = agent_positions(model, batch)
     targets_N = batch["input_ids"][row_N, position_N + 1]  # position t predicts token t + 1
     if head_is_plain(model):
-        hidden_ND = model.base_model(**inputs).last_hidden_state[row_N, position_N]
+        hidden_ND = last_hidden(model, inputs)[row_N, position_N]
         logprobs_N = token_logprobs(hidden_ND, model.get_output_embeddings().weight, targets_N)
     else:
         logits_NV = at_least_fp32(model(**inputs).logits[row_N, position_N])
@@ -266,9 +281,10 @@ def pair_sizes(pairs):
 
 
 @torch.no_grad()
-def reference_sums(model, examples, batch_tokens=16384, label=None, numbers=turn_logprobs):
+def reference_sums(model, examples, batch_tokens=16384, label=None, numbers=turn_logprobs, deal=map):
     """Summed log-probs per turn of every example, without gradient: a list of K numbers for each (input_ids, turn_ids).
     numbers: another function of a model and a batch that gives a number for each turn, numbers_BK, and lengths_BK.
+    deal: `ranks.share_out`, where all processes score the same examples and none waits for another's layers.
 
     Used for pi_ref, once, before the first step (the policy before its first step *is* the reference, so no second
     model is ever in memory), and for ranking. Equal examples are computed once; examples with the same prefix, and
@@ -303,12 +319,14 @@ def reference_sums(model, examples, batch_tokens=16384, label=None, numbers=turn
     sums = {}
     delay = 0 if label else 2  # seconds: a part of a stage has a bar only if it takes longer
     with tqdm(total=len(first), desc=f"{label or 'scored':>12}", delay=delay, leave=bool(label)) as bar:
-        for batch in batches:
+        def score(batch):
             sums_BK, _ = numbers(model, lay_out(model, [examples[i] for i in batch]))
-            for i, row in zip(batch, sums_BK.tolist()):
+            bar.update(len(batch))
+            return sums_BK.tolist()
+        for batch, rows in zip(batches, deal(score, batches)):
+            for i, row in zip(batch, rows):
                 n_turns = max(examples[i][1])
                 sums[i] = row[:n_turns]
-            bar.update(len(batch))
     return [sums[i] for i in representative]
 
 
@@ -318,6 +336,7 @@ def add_reference(model, pairs):
     examples = []
     for pair in pairs:
         examples += [pair["chosen"], pair["rejected"]]
-    sums = reference_sums(model, examples, label="pi_ref")
+    deal = map if ranks.is_sharded(model) else ranks.share_out
+    sums = reference_sums(model, examples, label="pi_ref", deal=deal)
     for i, pair in enumerate(pairs):
         pair["ref_chosen"], pair["ref_rejected"] = sums[2 * i:2 * i + 2]

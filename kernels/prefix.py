@@ -23,6 +23,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from kernels import ranks
+
 PROBE_ERROR = 0.06  # relative: what rounds apart in bf16, in 48 layers, is up to 0.033; what is wrong was 0.1 and more
 
 
@@ -90,6 +92,9 @@ def can_share(model):
     """Whether a `Tree` computes what rows of their own do on this model. Says why not, once."""
     if any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         say_once("under gradient checkpointing a cache carries no gradients; every sequence is computed in full")
+        return False
+    if ranks.is_sharded(model):
+        say_once("the processes of --shard run each layer at the same time; every sequence is computed in full")
         return False
     return why_not_share(model) is None
 

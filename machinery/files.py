@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from kernels import ranks
 from machinery.bars import note
 
 
@@ -150,8 +151,10 @@ def put(partial, path):
     to_disk(path.parent)
 
 
+@ranks.by_first
 def put_text(path, text):
-    """Write one text file, whole or not at all."""
+    """Write one text file, whole or not at all, in a folder that is made if need be."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(f"{path}.partial").write_text(clean(text), encoding="utf-8")
     put(f"{path}.partial", path)
 
@@ -191,6 +194,18 @@ def is_record(line):
         return False
 
 
+@ranks.by_first
+def drop_torn(partial, group):
+    """Leave in a partial file whole lines alone, a multiple of `group`; returns how many."""
+    Path(partial).touch()
+    lines = Path(partial).read_bytes().split(b"\n")[:-1]
+    whole = list(itertools.takewhile(is_record, lines))
+    done = len(whole) // group * group
+    with open(partial, "r+b") as file:
+        file.truncate(sum(len(line) + 1 for line in whole[:done]))
+    return done
+
+
 class JsonlWriter:
     """Write a JSON-lines file that is either whole or absent, and can go on after a kill.
 
@@ -201,13 +216,8 @@ class JsonlWriter:
 
     def __init__(self, path, group=1):
         self.path, self.partial = Path(path), Path(f"{path}.partial")
-        self.partial.touch()
-        lines = self.partial.read_bytes().split(b"\n")[:-1]
-        whole = list(itertools.takewhile(is_record, lines))
-        self.done = len(whole) // group * group
-        with open(self.partial, "r+b") as file:
-            file.truncate(sum(len(line) + 1 for line in whole[:self.done]))
-        self.file = open(self.partial, "a", encoding="utf-8")
+        self.done = drop_torn(self.partial, group)
+        self.file = open(os.devnull if ranks.rank() else self.partial, "a", encoding="utf-8")
 
     def write(self, records):
         for record in records:
@@ -217,37 +227,60 @@ class JsonlWriter:
 
     def close(self):
         self.file.close()
-        put(self.partial, self.path)
+        ranks.by_first(put)(self.partial, self.path)
 
 
 def write_lines(path, records):
     """Write a JSON-lines file, whole or not at all."""
-    put_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    Path(f"{path}.partial").unlink(missing_ok=True)
+    writer = JsonlWriter(path)
+    writer.write(records)
+    writer.close()
 
 
-def write_groups(path, items, size, make, label):
+def write_groups(path, items, size, make, label, track=None):
     """Write make(items[i:i + size], i), one record an item, group by group, with a bar; goes on at a whole group.
+    track(label, number of records, {"reward": mean of the group}): who else sees what the bar shows.
+    Several processes make as many groups at a time.
 
     A record that is None could not be made now: the group's others are kept aside, the missing ones are listed there
     and in the InputError, and the next call asks for those alone.
     """
     writer = JsonlWriter(path, size)
+    starts, at_a_time = range(writer.done, len(items), size), ranks.count()
+
+    def aside(i):
+        return Path(f"{path}.{i}-{min(i + size, len(items))}.unfinished")
+
+    def group(i):
+        part = items[i:i + size]
+        records = read_json(aside(i), {"records": [None] * len(part)})["records"]
+        todo = [j for j, record in enumerate(records) if record is None]
+        made = make([part[j] for j in todo], i) if todo else ()
+        for j, record in zip(todo, made):
+            records[j] = record
+        return records
     with tqdm(total=len(items), initial=writer.done, desc=f"{label:>12}", mininterval=0.5) as bar:
-        for i in range(writer.done, len(items), size):
-            part, aside = items[i:i + size], Path(f"{path}.{i}-{min(i + size, len(items))}.unfinished")
-            records = read_json(aside, {"records": [None] * len(part)})["records"]
-            todo = [j for j, record in enumerate(records) if record is None]
-            for j, record in zip(todo, make([part[j] for j in todo], i)):
-                records[j] = record
-            if missing := [part[j] for j in todo if records[j] is None]:
-                write_json(aside, {"missing": missing, "records": records})
-                raise InputError(f"{aside}: {len(missing)} of {len(part)} unfinished: {', '.join(map(str, missing))}; "
-                                 "the others are kept there, and the same command goes on with these")
-            writer.write(records)
-            aside.unlink(missing_ok=True)
-            bar.update(len(records))
-            if "reward" in records[0]:
-                bar.set_postfix(reward=f"{sum(r['reward'] for r in records) / len(records):.3f}", refresh=False)
+        for first in range(0, len(starts), at_a_time):
+            several, left = starts[first:first + at_a_time], ""
+            for i, records in zip(several, ranks.share_out(group, several)):
+                missing = [item for item, record in zip(items[i:i + size], records) if record is None]
+                if missing or left:
+                    write_json(aside(i), {"missing": missing, "records": records})
+                    left = left or (f"{aside(i)}: {len(missing)} of {len(records)} unfinished: "
+                                    f"{', '.join(map(str, missing))}; the others are kept there, and the same command "
+                                    "goes on with these")
+                    continue
+                writer.write(records)
+                aside(i).unlink(missing_ok=True)
+                bar.update(len(records))
+                if "reward" in records[0]:
+                    reward = sum(record["reward"] for record in records) / len(records)
+                    bar.set_postfix(reward=f"{reward:.3f}", refresh=False)
+                    if track:
+                        track(label, i + len(records), {"reward": reward})
+            if left:
+                raise InputError(left)
     writer.close()
 
 

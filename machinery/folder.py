@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+from kernels import ranks
 from machinery.bars import note
 from machinery.files import InputError, read_json, split_specs, write_json
 from machinery.hub import local_file
@@ -81,7 +82,8 @@ def recall(flags, argv):
     with one_line(SimpleNamespace(run="stdout", running="")):
         options = flags.parse_args(argv)
         run = "runs/smoke" if options.smoke and "run" not in options.given else options.run
-        if options.stage in ("report", "status") and not os.path.isdir(run):
+        reads = options.stage.partition(" ")[0] in ("report", "status", "export")
+        if reads and not os.path.isdir(run):
             raise InputError(f"--run {run}: there is no such run")
         read = peek if options.stage == "status" else lambda path: read_json(path, {})
         kind = getattr(options, "critic.kind")
@@ -145,17 +147,23 @@ def remembering(run):
     if run.todo:
         make_room(run)
         keep(run)
-    yield
-    if (run.variant / REDO).exists():
-        (run.variant / REDO).unlink()
+    try:
+        yield
+    finally:
+        run.track.close()
+    (run.variant / REDO).unlink(missing_ok=True)
 
 
 def make_room(run):
     """Remove what --redo names and all that was made from it, the last first: at a stop, what is left fits together."""
     if run.redo:
         gone = list(run.record.what_follows(run.redo))
-        for path in reversed(gone):
-            remove(Path(path))
+
+        @ranks.by_first
+        def clear():
+            for path in reversed(gone):
+                remove(Path(path))
+        clear()
         note(f"sweet: removed: {shlex.join(gone)}" if gone else "sweet: note: --redo: nothing was there")
         write_json(run.variant / REDO, asked(run.options))
     run.record.redo = []

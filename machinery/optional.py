@@ -19,6 +19,9 @@ PARTS = {  # package: the module, names in it that are used here, and all that p
     "openai": ("openai", ("OpenAI", "AsyncOpenAI", "OpenAIError"), ("openai",)),
     "peft": ("peft", ("LoraConfig", "load_peft_weights", "set_peft_model_state_dict"), ("transformers", "peft")),
     "pillow": ("PIL.Image", ("open", "fromarray"), ("pillow",)),
+    "trackio": ("trackio", ("init", "Markdown"), ("trackio",)),
+    "wandb": ("wandb", ("init", "Table"), ("wandb",)),
+    "tensorboard": ("tensorboard", ("__version__",), ("tensorboard",)),
     "playwright": ("playwright.sync_api", ("sync_playwright",), ("playwright",)),
 }
 

@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+from kernels import ranks
 from machinery.files import InputError, note
 
 LOCK = ".lock"
@@ -54,8 +55,8 @@ def holder(folder):
 @contextlib.contextmanager
 def alone(folder):
     """Hold a folder. InUse where another process does; a note where its file system has no locks. A folder that can
-    only be read needs none."""
-    file = open_lock(Path(folder) / LOCK)
+    only be read needs none. Of several processes of one run, the first holds it for all."""
+    file = None if ranks.rank() else open_lock(Path(folder) / LOCK)
     if file is None:
         yield
         return
@@ -78,7 +79,8 @@ def alone(folder):
 def stop(number, _):
     """What Ctrl-C and SIGTERM do: one line, and the end."""
     with contextlib.suppress(RuntimeError, OSError, ValueError):  # in the middle of a print, or nobody listens
-        os.write(2, f"\nsweet: stopped by {signal.Signals(number).name}; {KEPT}\n".encode())
+        if ranks.speaks():
+            os.write(2, f"\nsweet: stopped by {signal.Signals(number).name}; {KEPT}\n".encode())
         sys.stdout.flush()
     os._exit(128 + number)
 
@@ -114,15 +116,20 @@ def passing_on(children):
 @contextlib.contextmanager
 def one_line(options):
     """What a user can mend ends the program with one line: InputError, Ctrl-C, a disk that is full or read-only.
-    options: .run, the folder; .running, the stage that runs, if one does."""
+    options: .run, the folder; .running, the stage that runs, if one does. Several processes meet here, and the first
+    that fails speaks for all."""
     try:
+        if ranks.count() > 1:
+            ranks.join()
         yield
     except KeyboardInterrupt:
         print(f"\nsweet: stopped; {KEPT}", file=sys.stderr)
         sys.exit(130)
-    except InputError as error:
-        sys.exit(f"{prefix(options)}{error}")
     except Exception as error:  # a disk can fill up in any library, each with an exception of its own
+        if not ranks.speaks():
+            sys.exit(1)
+        if isinstance(error, InputError):
+            sys.exit(f"{prefix(options)}{error}")
         if not isinstance(error, OSError) and "No space left" not in str(error):
             raise
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]

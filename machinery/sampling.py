@@ -21,13 +21,18 @@ from machinery.template import control_tokens, end_of_turn, known_ids
 from machinery.train import check_context
 
 
+def seed_of(key):
+    """What the randomness of a row is seeded with: 64 bits that depend on its key alone."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
 def noise(keys, max_tokens):
     """Uniform numbers [len(keys), max_tokens]: row i depends on keys[i] alone, so neither order nor batch size
     matters."""
     rows = []
     for key in keys:
-        digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-        rng = np.random.default_rng(int.from_bytes(digest, "little"))
+        rng = np.random.default_rng(seed_of(key))
         rows.append(rng.random(max_tokens))
     return torch.from_numpy(np.stack(rows)).float()
 
@@ -53,23 +58,51 @@ def pick(logits_BV, noise_B, temperature=1.0, top_p=1.0):
     return torch.searchsorted(cumulative_BV, point_B1, right=True).squeeze(-1)
 
 
-@torch.no_grad()
-def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_tokens=64,
-           memory=None, places=None, stop=None, count=None):
+class Memory:
+    """What a model has read of dialogues that go on, so that a turn reads only what is new. It begins at their first
+    turn; where a server samples, it stays empty."""
+
+    def __init__(self):
+        self.branches = None
+
+    def recall(self, model, prompts, places):
+        """The branches, and the row of each of these dialogues there. places: what the caller calls them."""
+        if self.branches is None:
+            self.branches = branches(model, prompts, several_turns=True)
+            self.row = {place: row for row, place in enumerate(places)}
+        return self.branches, [self.row[place] for place in places]
+
+
+def sample(model, tokenizer, prompts, keys, *, max_tokens=64, count=None, server=None, **how):
     """One turn for each prompt (a list of token ids): lists of token ids that end with the end-of-turn token, or,
     when the turn was cut off at max_tokens or at a control token that has no place in a turn, without it.
 
-    Ids that are no token of the tokenizer's (of a vocabulary padded to a multiple) have probability 0. keys: what each
-    row's randomness is seeded with, any value with a repr. memory, places: `branches` that remember the turns before
-    this one, and the branch that each prompt goes on with. stop: the ids of the control tokens at which a turn is cut
-    off, where they are others. count: a function that is told how many tokens were sampled.
+    keys: what each row's randomness is seeded with, any value with a repr. count: a function that is told how many
+    tokens were sampled. server: a PolicyServer (machinery/policy_server.py) that samples in place of the model here.
+    how: temperature and top_p, and what `sample_here` knows.
     """
     check_context(model, max(map(len, prompts)) + max_tokens, "a dialogue with its next turn")
-    device, end = model.device, end_of_turn(tokenizer)
     prompts = [tuple(prompt) for prompt in prompts]
-    memory = memory or branches(model, prompts)
+    speak = server.sample if server else sample_here
+    turns = speak(model, tokenizer, prompts, keys, max_tokens=max_tokens, **how)
+    if count:
+        count(sum(map(len, turns)))
+    return turns
+
+
+@torch.no_grad()
+def sample_here(model, tokenizer, prompts, keys, *, max_tokens, temperature=1.0, top_p=1.0,
+                memory=None, places=None, stop=None):
+    """`sample` by the model here. Ids that are no token of the tokenizer's (of a vocabulary padded to a multiple) have
+    probability 0. memory: `branches` that have read the prompts already, or a Memory of the dialogues that they are of,
+    with their `places` there. stop: the ids of the control tokens at which a turn is cut off, where they are others."""
+    device, end = model.device, end_of_turn(tokenizer)
     active = torch.arange(len(prompts), device=device)  # the prompts whose turn is not over
-    branch_B = active if places is None else torch.tensor(places, device=device)
+    branch_B = active
+    if places is not None:
+        memory, rows = memory.recall(model, prompts, places)
+        branch_B = torch.tensor(rows, device=device)
+    memory = memory or branches(model, prompts)
     logits_BV = memory.begin_turn(branch_B, prompts)
 
     noise_BT = noise(keys, max_tokens).to(device)
@@ -92,6 +125,4 @@ def sample(model, tokenizer, prompts, keys, *, temperature=1.0, top_p=1.0, max_t
             break
         active = active[goes_on_B]
         logits_BV = memory.step(branch_B[active], token_B[goes_on_B])
-    if count:
-        count(sum(map(len, turns)))
     return turns

@@ -66,6 +66,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from kernels import ranks
 from machinery import program
 from machinery.files import note
 
@@ -231,7 +232,7 @@ def run(jobs, call_seconds=1.0, answer_seconds=10.0, workers=None):
     call returned, or "!" and what went wrong."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     left, reports = collections.deque(range(len(jobs))), {}
-    workers = min(workers or cores, len(jobs))
+    workers = min(workers or max(1, cores // ranks.count()), len(jobs))
     if not jobs:
         return []
     way = tightest_way()

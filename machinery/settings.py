@@ -82,7 +82,9 @@ def stages_of_run(stages, run):
         left_out |= {"eval", "credit"}
     found = {}
     for name, stage in stages.items():
-        unseen = run.methods.keys() - run.settings["eval"].names if name == "eval" and not run.further else set()
+        unseen = set()
+        if name == "eval" and not run.further:
+            unseen = run.methods.keys() - run.settings["eval"].names
         after = [earlier for earlier in stage.after if earlier not in left_out | unseen]
         found[name] = dataclasses.replace(stage, after=after)
     if run.tunes:
@@ -181,7 +183,6 @@ class Record:
         self.check(name)
         if name == "report" or not self.outputs(name) or self.outputs(name)[0].exists():
             return
-        self.file(name).parent.mkdir(parents=True, exist_ok=True)
         write_json(self.file(name), dependencies(name, self.stages, self.values))
 
     def what_follows(self, made):

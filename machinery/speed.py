@@ -12,6 +12,8 @@ import time
 
 import torch
 
+from kernels import ranks
+
 
 class Speed:
     """Tokens and operations of the stage that runs; machine: a Machine."""
@@ -55,7 +57,8 @@ class Speed:
         memory that tensors took on a GPU}, without what is 0; {} where no model did anything."""
         for hook in self.hooks:
             hook.remove()
-        rates = {name: getattr(self, name) / seconds for name in ("written", "read", "learned")}
+        counted = ranks.of_all((self.written, self.read, self.learned))
+        rates = {name: sum(counts) / seconds for name, counts in zip(("written", "read", "learned"), zip(*counted))}
         if self.operations:
             if self.on_gpu():
                 rates["gib"] = torch.cuda.max_memory_allocated(self.machine.device) / 2 ** 30

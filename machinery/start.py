@@ -11,8 +11,11 @@ import tempfile
 
 import torch
 
+from kernels import ranks
 from machinery.files import InputError, note
-from machinery.optional import first_line, load
+from machinery.optional import first_line, load, require
+from machinery.policy_server import policy_server
+from machinery.settings import check_tasks_given
 from machinery.train import check_adapters, load_model
 
 DIALOGUES = {"rollout", "eval", "credit", "best-of-n"}  # the stages that talk with the human and grade
@@ -41,6 +44,14 @@ def stages_to_do(run, stages, stage):
 
 def check_start(run, stage, todo):
     """InputError where a stage that is to do would fail for a reason that is known already."""
+    trains = stage != "eval" or "rollout" in run.record.needs(stage)
+    check_tasks_given(run.given, run.settings["eval"].first, stage, trains)
+    alone = stage in ("table", "play") or stage.startswith("study ")
+    if ranks.count() > 1 and (alone or "me" in (run.given.human, run.given.heldout_human)):
+        raise InputError(f"{stage if alone else '--human me'}: not under torchrun, which starts several processes; "
+                         "expected plain python")
+    if run.machine.shard and (ranks.count() == 1 or run.machine.lora):
+        raise InputError("--shard: expected several processes (torchrun), and no --lora")
     folder = run.root if stage == "table" else run.variant
     check_folder(folder)
     if todo:
@@ -49,6 +60,8 @@ def check_start(run, stage, todo):
         check_attention(run.machine)
         if run.machine.lora:
             check_adapters("--lora")
+        if run.machine.track != "off":
+            require(run.machine.track, "--track")
     if run.settings["rollout"].answer_on_code and "test_cases" in run.world.OPTIONAL:
         raise InputError("--answer-on-code: the answers of this --task are no functions; expected one with test cases")
     if "eval" in todo and run.world.PAIRED and "base" not in run.settings["eval"].names:
@@ -63,6 +76,8 @@ def check_start(run, stage, todo):
             run.record.check(name)  # where files were made with other settings, that is what to say
     if todo and run.given.model and (run.initial or "base" in todo):
         load_model(run.given.model, run.machine, True, run.seed)
+    if todo & {"samples", *DIALOGUES}:
+        policy_server(run.machine)  # InputError where nobody is there
     for held_out in {name in HELD_OUT and bool(run.given.heldout_human) for name in todo & DIALOGUES}:
         run.human(held_out)
 

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from kernels import ranks
 from machinery.bars import note, progress
-from machinery.files import InputError, put, put_text, set_aside
+from machinery.files import InputError, put, set_aside
 from machinery.optional import first_line, require
 from machinery.template import end_of_turn
 
@@ -96,6 +97,8 @@ class Machine:
     """float32 or bfloat16; the optimizer keeps float32 weights either way."""
     attention: str = ""
     """Attention implementation: eager, sdpa, flash_attention_2... ('': the model's own choice)."""
+    shard: bool = False
+    """Under torchrun each process holds a part of every weight while a model learns: for one that is too large."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     lora: int = arg(0, least=0)
@@ -107,6 +110,10 @@ class Machine:
     """Threads of torch; another number rounds otherwise and gives other results."""
     rows: int = 512
     """Dialogues that are sampled side by side."""
+    policy_server: str = ""
+    """URL of a server that samples in the model's place: vLLM, or another that takes and returns token ids."""
+    track: Literal["off", "trackio", "wandb", "tensorboard"] = "off"
+    """Log what the bars show there, too; on this machine, unless the tracker's own variables say otherwise."""
 
 
 PRESETS = tomllib.loads(Path(__file__).with_name("presets.toml").read_text(encoding="utf-8"))
@@ -139,12 +146,15 @@ def load_model(path, cfg=None, train=False, seed=0):
         raise InputError(f"{path}: cannot be loaded as a causal language model with its tokenizer "
                          f"({first_line(error)})") from None
     check_tokenizer(tokenizer, path)
+    tokenizer.name_or_path = str(path)  # also of adapters, whose model is called like the one below them
     if getattr(model, "peft_config", None):
         restore_adapters(model, path, train)
     elif train and cfg.lora:
         add_adapters(model, cfg.lora, seed)
     if train and cfg.checkpointing:
         enable_checkpointing(model)
+    if train and cfg.shard:
+        ranks.shard(model, cfg.device)
     return model.to(cfg.device).eval(), tokenizer
 
 
@@ -282,10 +292,11 @@ def batches_of(n, batch_size, epochs, seed, sizes=None):
 
 class Checkpoint:
     """What a run needs to go on as if it had never stopped: weights, optimizer, schedule, log. Written at most every
-    `seconds`."""
+    `seconds`, as one file, from which any number of processes can go on. owner: the rank that owns each weight."""
 
-    def __init__(self, path, seconds, **parts):
+    def __init__(self, path, seconds, owner, **parts):
         self.path, self.seconds, self.parts, self.saved = Path(path), seconds, parts, time.monotonic()
+        self.owner = owner
 
     def load(self):
         """Put back what was saved, if anything; returns the log so far. A file that cannot be read, or is not of these
@@ -298,9 +309,18 @@ class Checkpoint:
         except Exception as error:  # zip, pickle and torch have one each, and a damaged file can have any
             set_aside(self.path, f"{type(error).__name__}: {error}")
             return []
+        weights, whole = self.parts["weights"], self.mine(state["optimizer"]["state"])
+        state["weights"] = {name: ranks.part_of(value, weights[int(name)]) for name, value in state["weights"].items()}
+        for i, moments in whole.items():
+            whole[i] = {name: ranks.part_of(value, weights[i]) for name, value in moments.items()}
+        state["optimizer"]["state"] = whole
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         return state["log"]
+
+    def mine(self, values):
+        """Of {number of a weight: value}, what this process owns."""
+        return {i: value for i, value in values.items() if self.owner[int(i)] == ranks.rank()}
 
     def check(self, state):
         """An exception unless this is a state of these parts. Nothing is put back before all of it is known to fit."""
@@ -316,12 +336,23 @@ class Checkpoint:
         if groups != [list(range(len(shapes)))] or steps != len(state["log"]):
             raise ValueError("steps of another training")
 
+    def state(self):
+        """The state of each part; in the first process it is whole, with what the others own."""
+        found = {name: part.state_dict() for name, part in self.parts.items()}
+        moments = found["optimizer"]["state"]
+        for theirs in ranks.to_first({"weights": self.mine(found["weights"]), "moments": moments}):
+            found["weights"].update(theirs["weights"])
+            moments.update(theirs["moments"])
+        return found
+
     def save(self, log):
         start = time.monotonic()
-        if start - self.saved > self.seconds:
-            parts = {name: part.state_dict() for name, part in self.parts.items()}
-            torch.save({"log": log, **parts}, f"{self.path}.new")
-            put(f"{self.path}.new", self.path)
+        due, *_ = ranks.of_all(start - self.saved > self.seconds)
+        if due:
+            state = {"log": log, **self.state()}
+            if ranks.rank() == 0:
+                torch.save(state, f"{self.path}.new")
+                put(f"{self.path}.new", self.path)
             self.saved = time.monotonic()
             if self.seconds:  # not much more than a twentieth of the time goes into large checkpoints
                 self.seconds = max(self.seconds, 20 * (self.saved - start))
@@ -332,13 +363,28 @@ class Checkpoint:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+class Once:
+    """Hands each step on to `track`, if there is one, once: also where a killed training takes some steps again. How
+    many were handed on is the size of a file that grows by a byte before each, and goes with the checkpoint."""
+
+    def __init__(self, checkpoint, track, label):
+        self.track, self.label, self.file = track, label, Path(f"{checkpoint.path}.handed_on")
+        self.done = self.file.stat().st_size if self.file.exists() else 0
+
+    def __call__(self, step, row):
+        if self.track and step > self.done:
+            with open(os.devnull if ranks.rank() else self.file, "ab") as file:
+                file.write(b".")
+            self.track(self.label, step, row)
+
+
 def stop_unless_finite(checkpoint, label, cfg, step, figures):
     """InputError where one of a step's figures is not finite. Nothing of that training is kept: a checkpoint would bind
     the next try to the settings that led there."""
     broken = [name for name, value in figures.items() if not math.isfinite(value)]
     if not broken:
         return
-    shutil.rmtree(checkpoint.path.parent)
+    shutil.rmtree(checkpoint.path.parent, ignore_errors=True)
     updated = step or "weights" in broken  # before an update, lr has had no say
     remedies = [
         f"lower --{label}-{name} (now {getattr(cfg, name):g})"
@@ -353,90 +399,129 @@ def stop_unless_finite(checkpoint, label, cfg, step, figures):
 
 def take_step(model, batch, loss_fn, micro_batch):
     """Gradient of the mean loss over a batch, `micro_batch` examples at a time; returns the step's figures. A mean over
-    tokens is one of the whole batch, which is why the loss sees the batch beside its part."""
-    row, size = {}, micro_batch or len(batch)
-    for i in progress(range(0, len(batch), size), "micro-batches"):
+    tokens is one of the whole batch, which is why the loss sees the batch beside its part. Of several processes each
+    takes some of the parts; their gradients are still to be added up. Who has no part left runs one for nothing,
+    because layers that are sharded need everybody."""
+    row, share = {}, -(-len(batch) // ranks.count())
+    size = min(micro_batch or share, share)
+    stride = size * ranks.count()
+    rounds = -(-len(batch) // stride)
+    for i in progress(range(size * ranks.rank(), stride * rounds, stride), "micro-batches"):
         part = batch[i:i + size]
-        loss, metrics = loss_fn(model, part, batch)
+        loss, metrics = loss_fn(model, part or batch[:1], batch)
         share = len(part) / len(batch)
         (share * loss).backward()
         for name, value in {"loss": float(loss.detach()), **metrics}.items():
             row[name] = row.get(name, 0.0) + share * value
-    return row
+    rows = ranks.of_all(row)
+    return {name: sum(row[name] for row in rows) for name in row}
+
+
+def without_dropout(model):
+    """The model made ready to learn. Dropout would move step 0, and log-probs would not be comparable with the
+    reference's."""
+    model.eval()
+    for module in model.modules():  # a layer recomputes its activations only if it believes that it trains
+        module.training = getattr(module, "gradient_checkpointing", False)
+        for name in ("dropout", "activation_dropout", "hidden_dropout") if module.training else ():
+            if isinstance(getattr(module, name, None), float):  # OPT's layers apply their own
+                setattr(module, name, 0.0)
+
+
+def own_weights(parameters, owner):
+    """What the optimizer changes: the model's parameters themselves, or float32 copies of short ones that are owned."""
+    weights = torch.nn.ParameterList()
+    for parameter, its in zip(parameters, owner):
+        short = parameter.dtype.itemsize < 4 and its == ranks.rank()
+        weights.append(parameter.detach().float() if short else parameter)
+    return weights
 
 
 @torch.no_grad()
-def copy_weights(weights, parameters):
-    """The optimizer's float32 weights into the model's own, where they are not the same tensors. A step of 1e-7 is too
-    small for bfloat16 to see, but not the sum of many."""
-    for weight, parameter in zip(weights, parameters):
+def copy_weights(weights, parameters, owner):
+    """The optimizer's float32 weights into the model's own, where they are not the same tensors, and from their owner
+    to the other processes. A step of 1e-7 is too small for bfloat16 to see, but not the sum of many."""
+    for weight, parameter, its in zip(weights, parameters, owner):
         if weight is not parameter:
             parameter.copy_(weight)
+        ranks.send(parameter, its)
+
+
+def optimizer_of(learning, owner, lr, steps, warmup):
+    """(weights, AdamW, schedule) of the parameters that learn. The weights are theirs, in float32 where this process
+    owns them; the learning rate rises over the share `warmup` of the steps, and then falls to 0."""
+    weights = own_weights(learning, owner)
+    fused = weights[0].device.type in ("cpu", "cuda")  # without a third copy of the gradients
+    optimizer = torch.optim.AdamW(
+        weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused or None)
+    warm = max(1, round(warmup * steps))
+
+    def rate(step):
+        return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+    return weights, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 
 
 def fit(model, examples, loss_fn, out, cfg, seed, save, *,
-        label="fit", warmup=0.05, clip=1.0, micro_batch=None, sizes=None, checkpoint_seconds=20.0):
+        label="fit", warmup=0.05, clip=1.0, micro_batch=None, sizes=None, checkpoint_seconds=20.0, track=None):
     """Train `model` in place on `examples` and let `save(folder)` write the result to `out`; returns the log, a row a
     step.
 
     loss_fn(model, part, batch) -> (loss, {name: float}): the mean over some examples of a batch, all of them where
     there are no micro-batches. cfg: .lr, .batch_size, .epochs; the learning rate rises to lr over the share `warmup`
     of the steps and then falls linearly to 0. micro_batch: examples per backward pass (memory); the step is the same.
-    While training, OUT.partial holds a checkpoint; the result appears in one rename.
+    track(label, step, row): who else sees each step, once.
+    While training, OUT.partial holds a checkpoint; the result appears in one rename. Several processes share the work,
+    and what the optimizer needs (kernels/ranks.py).
     """
     out, work = Path(out), Path(f"{out}.partial")
     work.mkdir(parents=True, exist_ok=True)
     plan = list(batches_of(len(examples), cfg.batch_size, cfg.epochs, seed, sizes))
+    ranks.reshard(model)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights = torch.nn.ParameterList()
-    for parameter in learning:
-        short = parameter.dtype.itemsize < 4
-        weights.append(parameter.detach().float() if short else parameter)
-    fused = weights[0].device.type in ("cpu", "cuda")  # without a third copy of the gradients
-    optimizer = torch.optim.AdamW(
-        weights, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused or None)
-    steps = len(plan)
-    warm = max(1, round(warmup * steps))
-
-    def rate(step):
-        """The share of the learning rate: up over the warm-up, and down to 0."""
-        return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    checkpoint = Checkpoint(work / "checkpoint.pt", checkpoint_seconds, weights=weights, optimizer=optimizer,
+    owner = ranks.owners(learning)
+    weights, optimizer, schedule = optimizer_of(learning, owner, cfg.lr, len(plan), warmup)
+    mine = [weight for weight, its in zip(weights, owner) if its == ranks.rank()]
+    checkpoint = Checkpoint(work / "checkpoint.pt", checkpoint_seconds, owner, weights=weights, optimizer=optimizer,
                             schedule=schedule)
     log = checkpoint.load()
-    copy_weights(weights, learning)
-    model.eval()  # no dropout: it would move step 0, and log-probs would not be comparable with the reference's
-    for module in model.modules():  # a layer recomputes its activations only if it believes that it trains
-        module.training = getattr(module, "gradient_checkpointing", False)
-        for name in ("dropout", "activation_dropout", "hidden_dropout") if module.training else ():
-            if isinstance(getattr(module, name, None), float):  # OPT's layers apply their own
-                setattr(module, name, 0.0)
+    hand_on = Once(checkpoint, track, label)
+    copy_weights(weights, learning, owner)
+    without_dropout(model)
     with tqdm(total=len(plan), initial=len(log), desc=f"{label:>12}", unit="step", mininterval=0.5) as bar:
         for batch in plan[len(log):]:
             row = take_step(model, [examples[i] for i in batch], loss_fn, micro_batch)
-            for weight, parameter in zip(weights, learning):
-                if weight is not parameter and parameter.grad is not None:
-                    weight.grad, parameter.grad = parameter.grad.float(), None
-            row["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(weights, clip))
+            for weight, parameter, its in zip(weights, learning, owner):
+                weight.grad = ranks.take_gradient(parameter, its)
+            norm = ranks.norm([weight.grad for weight in mine if weight.grad is not None])
+            torch.nn.utils.clip_grads_with_norm_(weights, clip, norm)
+            row["grad_norm"] = float(norm)
             stop_unless_finite(checkpoint, label, cfg, len(log), {"loss": row["loss"], "gradient": row["grad_norm"]})
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-            copy_weights(weights, learning)
-            size = float(torch.nn.utils.get_total_norm(weights))
+            copy_weights(weights, learning, owner)
+            size = float(ranks.norm(mine))
             stop_unless_finite(checkpoint, label, cfg, len(log), {"weights": size})
             log.append(row)
+            hand_on(len(log), row)
             bar.update()
             bar.set_postfix({name: f"{value:.3f}" for name, value in row.items() if name != "grad_norm"},
                             refresh=False)
             checkpoint.save(log)
     model.eval()
-    save(work)
-    put_text(work / "log.json", json.dumps(log))
-    checkpoint.remove()
-    shutil.rmtree(out, ignore_errors=True)
-    put(work, out)
+    sharded = any(map(ranks.is_sharded, learning))
+    if sharded:
+        save(work)  # everybody hands over a part; transformers lets the first write
+
+    @ranks.by_first
+    def finish():
+        if not sharded:
+            save(work)
+        (work / "log.json").write_text(json.dumps(log), encoding="utf-8")
+        checkpoint.remove()
+        shutil.rmtree(out, ignore_errors=True)
+        put(work, out)
+    finish()
     return log
 
 
@@ -447,6 +532,6 @@ def save_to(model, tokenizer):
         ends, eot = model.generation_config.eos_token_id, end_of_turn(tokenizer)
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         model.generation_config.eos_token_id = ends if eot in ends else [*ends, eot]
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=ranks.whole_state(model))
         tokenizer.save_pretrained(folder)
     return save

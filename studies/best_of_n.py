@@ -52,7 +52,7 @@ class BestOfN:
             keys.append((key, env.turns))  # as actor.play_out names it
             keys += [(key, env.turns, k) for k in range(1, n)]
         turns = iter(actor.sample(self.model, self.tokenizer, prompts, keys, max_tokens=self.max_tokens,
-                                  count=self.run.speed.wrote))
+                                  **self.run.sampling))
         states = []
         for env, n, _ in seats:
             found = actor.distinct(self.tokenizer, list(itertools.islice(turns, n)))
@@ -127,7 +127,7 @@ def play(run, numbers=NUMBERS):
             records.append(record)
         return records
     todo = list(itertools.product(numbers, range(len(tasks))))
-    write_groups(file_of(run), todo, max(1, run.machine.rows // 8), group, "best of n")
+    write_groups(file_of(run), todo, max(1, run.machine.rows // 8), group, "best of n", run.track)
     tell_leaks(human)
 
 

@@ -13,7 +13,7 @@ import torch
 import actor
 import critic
 from env import ANSWER_MARKER, Task, answers_in_code, grade
-from machinery.bars import progress
+from kernels import ranks
 from machinery.files import InputError, write_json, write_lines
 from machinery.train import arg
 from simulator import tell_leaks
@@ -52,10 +52,10 @@ def check(run):
         states.append({"task": trajectory["task"], "messages": messages})
     keys = [(run.seed, "credit candidates", i) for i in range(len(states))]
     actor.sample_candidates(model, tokenizer, states, keys, run.settings["candidates"].n, play.max_tokens,
-                            run.speed.wrote)
+                            **run.sampling)
     critic.score_reference(model, tokenizer, states)
     valued = states[:cfg.monte_carlo_states]
-    play_on(model, tokenizer, valued, human, cfg.monte_carlo_rollouts, play, run.seed, run.grade, run.speed.wrote)
+    play_on(model, tokenizer, valued, human, cfg.monte_carlo_rollouts, play, run.seed, run.grade, **run.sampling)
     run.critic.score(run, states, run.settings["critic"])
     label(states, run.world.judge, run.grade)
     write_lines(run.path("credit.jsonl"), states)
@@ -65,7 +65,7 @@ def check(run):
     tell_leaks(human)
 
 
-def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade, count=None):
+def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade, **decoding):
     """Value every candidate by Monte Carlo: add "returns", the rewards of n dialogues that the policy plays on from
     it."""
     envs, keys, said = [], [], []
@@ -81,13 +81,15 @@ def play_on(model, tokenizer, states, human, n, cfg, seed, grade=grade, count=No
     in_code = answers_in_code(envs, [candidate["content"] for candidate in said])
     for env, candidate, answers in zip(envs, said, in_code):
         env.step(candidate["content"], answers, output_ids=candidate["output_ids"])
-    for start in progress(range(0, len(envs), 512), "played on"):
+
+    def chunk(start):
         part = slice(start, start + 512)
         actor.play_out(model, tokenizer, envs[part], human, keys[part], max_tokens=cfg.max_tokens,
-                       count=count)
-    if any(env.answer is None for env in envs):
-        raise InputError("the human left; the same command starts this stage again")
-    rewards = actor.graded(envs, grade)
+                       **decoding)
+        if any(env.answer is None for env in envs[part]):
+            raise InputError("the human left; the same command starts this stage again")
+        return list(actor.graded(envs[part], grade))
+    rewards = itertools.chain(*ranks.share_out(chunk, range(0, len(envs), 512)))
     for state in states:
         for candidate in state["candidates"]:
             candidate["returns"] = [next(rewards) for _ in range(n)]

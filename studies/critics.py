@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 import critic
 from actor import train_imitation
 from env import Task, encode_text, render
-from kernels.logprob import add_up, agent_positions, at_least_fp32, lay_out, pair_sizes, reference_sums
+from kernels.logprob import add_up, agent_positions, at_least_fp32, last_hidden, lay_out, pair_sizes, reference_sums
 from machinery.files import InputError, write_json
 from machinery.optional import find, load
 from machinery.train import check_context, check_finite, check_views, fit
@@ -95,7 +95,6 @@ class Unfitted:
     """A critic that learns nothing: its folder says so."""
 
     def fit(self, run, out):
-        out.mkdir(parents=True)
         write_json(out / "critic.json", {"learned": "nothing"})
 
 
@@ -152,7 +151,7 @@ class Headed(torch.nn.Module):
         # of each agent token: its row (which may hold several examples), the position in front of it, and its turn's
         # cell in a flat (B, K)
         inputs, (row_N, front_N), cell_N, shape = agent_positions(self.model, batch)
-        hidden_RTD = self.model.base_model(**inputs).last_hidden_state
+        hidden_RTD = last_hidden(self.model, inputs)
         score_RT = self.head(at_least_fp32(hidden_RTD)).squeeze(-1)
         score_N = score_RT[row_N, front_N + 1]
         sums_BK, lengths_BK = add_up(score_N, cell_N, shape)

@@ -57,7 +57,8 @@ def add_faults(trajectories, end, cfg, grade=None):
             "cut": sum(len(ids) >= cfg.max_tokens and ids[-1] != end for ids in turns),
             "leaks": sum(shows_code(message["content"], task) for message in history[2::2]),
         }
-        trajectory["faults"] = {name: int(count) for name, count in faults.items() if count}
+        # all kinds in all records: a reader that takes the fields of the first ones for those of all finds no other
+        trajectory["faults"] = {name: int(count) for name, count in faults.items()}
     return trajectories
 
 

@@ -42,7 +42,7 @@ def run_in(folder, model, tokenizer, tasks, kind="sum", seed=4):
     settings = {"rollout": actor.Rollout(max_turns=3, max_tokens=9), "critic": critic.CriticSettings(kind=kind)}
     return SimpleNamespace(
         root=folder, path=lambda name: folder / name, model=lambda name: (model, tokenizer), world=world, seed=seed,
-        speed=Speed(train.Machine()),
+        speed=Speed(train.Machine()), sampling={}, track=None,
         instructions=world.INSTRUCTIONS,
         settings=settings, critic=Sum(), held_out=lambda: tasks, machine=train.Machine(rows=40), grade=grade,
         human=lambda held_out=False: world.human("scripted", None, None, seed) if held_out else None,

@@ -354,4 +354,5 @@ def test_no_word_on_the_bars(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     said = [part for part in re.split(r"[\r\n]", done.stderr) if part.strip() and not re.search(r"\d+%\|", part)]
     assert said == ["sweet: 1 of 1, critic", "note: under gradient checkpointing a cache carries no gradients; every "
-                    "sequence is computed in full"]
+                    "sequence is computed in full", f"serve it: vllm serve {agent} --dtype float32 --enable-lora "
+                    f"--lora-modules {tmp_path / 'run/critic'}={tmp_path / 'run/critic'}"]
