@@ -73,8 +73,8 @@ def speaks():
             first = store.add("failed", 1) == 1
         except RuntimeError:  # the rank that kept the store has gone
             first = False
-    if first:
-        sys.stderr = sys.__stderr__
+    if first and rank():
+        sys.stderr = sys.__stderr__  # `join` has silenced it
     return first
 
 

@@ -151,7 +151,8 @@ def remembering(run):
         yield
     finally:
         run.track.close()
-    (run.variant / REDO).unlink(missing_ok=True)
+    if (run.variant / REDO).exists() and not ranks.rank():  # unlink alone fails where a run can only be read
+        (run.variant / REDO).unlink()
 
 
 def make_room(run):
